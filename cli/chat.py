@@ -1,0 +1,236 @@
+"""`longstride chat`: the interactive REPL."""
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.patch_stdout import patch_stdout
+
+from longstride.cli import common as c
+from longstride.engine.embedded import cache_folder
+from longstride.errors import BadInput, LongstrideError
+from longstride.scheduler.answer import Answer
+from longstride.scheduler.assistant import Assistant
+from longstride.scheduler.convert import text_of
+from longstride.scheduler.session import Session
+
+HELP = """\
+Type a question, or text to ask about. Alt-Enter (or Esc, then Enter) starts a new line; Ctrl-C stops the answer only;
+Ctrl-D leaves. The conversation is remembered in the session.
+
+  /read FILE...    read files into the session
+  /ask QUESTION    ask without remembering the question and its answer
+  /sources         the passages that the last answer drew on
+  /stats           what the last answer reused and computed, and the session's size
+  /stride [N]      show or set how often retrieval is repeated, in generated tokens
+  /save            make sure that everything is saved (it is, after every answer and every chunk read)
+  /sessions        list the sessions in this database
+  /help            this text
+  /quit            leave
+"""
+
+
+class Repl:
+    """One conversation: reads lines, runs commands, streams answers."""
+
+    def __init__(self, assistant: Assistant, session: Session) -> None:
+        self.assistant = assistant
+        self.session = session
+        self.last: Answer | None = None
+        self.stride = session.settings.stride
+        self.commands: dict[str, Callable[[str], Awaitable[None]]] = {
+            "/read": self.read,
+            "/ask": self.ask_once,
+            "/sources": self.sources,
+            "/stats": self.stats,
+            "/stride": self.set_stride,
+            "/save": self.save,
+            "/sessions": self.sessions,
+            "/help": self.help,
+        }
+
+    def completer(self) -> Completer:
+        """Commands, and paths behind /read."""
+        return NestedCompleter(
+            {name: PathCompleter(expanduser=True) if name == "/read" else None for name in [*self.commands, "/quit"]}
+        )
+
+    async def line(self, text: str) -> bool:
+        """Handle one input; False leaves. Errors are told and the conversation goes on."""
+        text = text.strip()
+        if text in {"/quit", "/exit"}:
+            return False
+        try:
+            if text.startswith("/"):
+                name, _, rest = text.partition(" ")
+                command = self.commands.get(name)
+                if command is None:
+                    raise BadInput(f"no command {name}; /help lists them")
+                await command(rest.strip())
+            elif text:
+                await self.answer(text, remember=True)
+        except LongstrideError as error:
+            c.err.print(f"longstride: {error}", markup=False, style="red")
+        return True
+
+    async def answer(self, question: str, *, remember: bool) -> None:
+        """Stream an answer; Ctrl-C stops it (within one step of the device) and nothing else."""
+        work = asyncio.ensure_future(c.stream_answer(self.session, question, remember=remember, stride=self.stride))
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, work.cancel)
+        try:
+            self.last = await work
+        except asyncio.CancelledError:
+            if not work.cancelled():
+                raise  # it was the REPL itself that was cancelled
+            c.out.print("\n(stopped; this answer is not kept)", style="dim")
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+    async def ask_once(self, question: str) -> None:
+        """/ask"""
+        await self.answer(question, remember=False)
+
+    async def read(self, rest: str) -> None:
+        """/read"""
+        try:
+            names = shlex.split(rest)
+        except ValueError as error:
+            raise BadInput(f"/read: {error}") from error
+        if not names:
+            raise BadInput("/read needs a file")
+        for path in (Path(os.path.expanduser(name)) for name in names):  # noqa: PTH111 - a plain string function
+            try:
+                text = await asyncio.to_thread(text_of, path)
+            except BadInput as error:
+                raise BadInput(f"{path}: {error}") from error
+            with c.reading_bar() as bar:
+                ids = self.assistant.model.tokenizer.encode(text)
+                task = bar.add_task(path.name, total=len(ids), rate="")
+                report = await self.session.feed_ids(ids, progress=lambda n, b=bar, t=task: b.update(t, advance=n))  # type: ignore[misc]
+            rate = report.tokens / report.seconds if report.seconds else 0.0
+            c.out.print(f"read {path.name}: {report.tokens:,} tokens, {rate:,.0f} tokens/s", style="dim", markup=False)
+
+    async def sources(self, _rest: str) -> None:
+        """/sources"""
+        if self.last is None:
+            raise BadInput("there is no answer yet")
+        if self.last.sources:
+            c.print_sources(self.last.sources)
+        else:
+            c.out.print("no passage was retrieved: all that was read is in the context, and no document matched")
+
+    async def stats(self, _rest: str) -> None:
+        """/stats"""
+        if self.last is not None:
+            c.print_usage(self.last)
+        context, cache = self.session.sequence.context, self.session.sequence.cache
+        c.out.print(
+            f"  {self.session.tokens:,} tokens read, {context.rows:,} of {context.limit:,} in the context, "
+            f"{cache.length:,} rows of KV ({cache.allocated_bytes / 1e6:,.0f} MB)",
+            style="dim",
+        )
+
+    async def set_stride(self, rest: str) -> None:
+        """/stride"""
+        if rest:
+            if not rest.isdigit() or int(rest) < 1:
+                raise BadInput(f"/stride needs a number of tokens, 1 or more, not {rest!r}")
+            self.stride = int(rest)
+        c.out.print(f"retrieving every {self.stride} generated tokens", style="dim")
+
+    async def save(self, _rest: str) -> None:
+        """/save"""
+        await self.assistant.database.awrite(lambda _tables: None)  # behind every write queued before
+        c.out.print(f"saved in {self.assistant.database.path}", style="dim", markup=False)
+
+    async def sessions(self, _rest: str) -> None:
+        """/sessions"""
+        for stored in await asyncio.to_thread(self.assistant.sessions.all):
+            here = "*" if stored.id == self.session.id else " "
+            c.out.print(f"{here} {stored.name}  {stored.tokens:,} tokens  {stored.updated_at}", markup=False)
+
+    async def help(self, _rest: str) -> None:
+        """/help"""
+        c.out.print(HELP, markup=False, end="")
+
+
+def _history() -> History:
+    """Lines typed before, readable by their owner only; in memory where the folder cannot be written."""
+    path = cache_folder() / "chat_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _newline(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("enter")
+    def _send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    return keys
+
+
+async def _interact(repl: Repl) -> None:
+    if not sys.stdin.isatty():
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            if not await repl.line(line):
+                return
+        return
+    prompt: PromptSession[str] = PromptSession(
+        history=_history(), completer=repl.completer(), key_bindings=_keys(), multiline=True, prompt_continuation="… "
+    )
+    c.out.print("/help lists the commands", style="dim")
+    while True:
+        try:
+            with patch_stdout():
+                text = await prompt.prompt_async("> ")
+        except KeyboardInterrupt:
+            continue  # Ctrl-C at the prompt clears the line
+        except EOFError:
+            return
+        if not await repl.line(text):
+            return
+
+
+def run(
+    session: Annotated[str, typer.Argument(help="The session's name.")] = "chat",
+    db: c.Db = None,
+    model: c.ModelName = None,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+    placement: c.Placement = None,
+    window: c.Window = None,
+    context_tokens: c.ContextTokens = None,
+) -> None:
+    """Talk to a session: read files, ask, see sources. It is saved as you go."""
+
+    async def work() -> None:
+        async with c.Opened(db=db, model=model, device=device, dtype=dtype) as assistant:
+            changes = c.given(placement=placement, window=window, context_tokens=context_tokens)
+            if not await assistant.has_session(session):
+                changes.setdefault("window", "sinks")  # a conversation must not end because the context is full
+            opened = await assistant.session(session, **changes)
+            c.report_resume(opened)
+            await _interact(Repl(assistant, opened))
+
+    c.run(work())

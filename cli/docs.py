@@ -1,0 +1,130 @@
+"""`longstride docs`: the documents that retrieval draws on."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longstride.cli import common as c
+from longstride.errors import BadInput
+from longstride.scheduler.assistant import Assistant
+from longstride.scheduler.convert import text_of
+from longstride.scheduler.retriever import Retriever
+from longstride.scheduler.settings import load_settings
+from longstride.storage.database import Database
+from longstride.storage.documents import Documents
+
+app = typer.Typer(help="Add, list, search and remove the documents that retrieval draws on.", no_args_is_help=True)
+
+
+def files_under(paths: list[Path]) -> list[Path]:
+    """The files named, and those in the folders named (hidden ones left out), in order."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.rglob("*"))
+            found += [
+                p for p in inside if p.is_file() and not any(q.startswith(".") for q in p.relative_to(path).parts)
+            ]
+        elif path.exists():
+            found.append(path)
+        else:
+            raise BadInput(f"{path} does not exist")
+    return found
+
+
+def _database(db: Path | None) -> Database:
+    return Database(load_settings(**c.given(db=db)).db)
+
+
+async def _add(assistant: Assistant, path: Path) -> tuple[str, str]:
+    """(what became of a file: added, known or failed; details)."""
+    try:
+        text = await asyncio.to_thread(text_of, path)
+        passages = await assistant.add_document(path.name, text, str(path))
+    except BadInput as error:
+        reason = str(error)
+        await assistant.database.awrite(lambda tables: assistant.documents.fail(tables, str(path), reason))
+        return "failed", reason
+    if passages is None:
+        return "known", "the same text is stored already"
+    return "added", f"{passages:,} passages"
+
+
+@app.command()
+def add(
+    paths: Annotated[list[Path], typer.Argument(help="Files and folders: txt, Markdown, HTML, PDF.")],
+    db: c.Db = None,
+    model: c.ModelName = None,
+    json: c.Json = False,
+) -> None:
+    """Add documents. A file that cannot be read is named with its reason (exit code 1); the others go in."""
+    files = [path.resolve() for path in files_under(paths)]
+    results: list[dict[str, str]] = []
+
+    async def work() -> None:
+        async with c.Opened(db=db, model=model) as assistant:
+            for path in files:
+                status, detail = await _add(assistant, path)
+                results.append({"path": str(path), "status": status, "detail": detail})
+                if not json:
+                    console = c.err if status == "failed" else c.out
+                    console.print(f"{status}: {path}: {detail}", markup=False)
+
+    c.run(work())
+    if json:
+        c.print_json(results)
+    if any(result["status"] == "failed" for result in results):
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_(db: c.Db = None, json: c.Json = False) -> None:
+    """List documents, and files that could not be added."""
+    database = _database(db)
+    documents = Documents(database)
+    found, failures = documents.all(), documents.failures()
+    database.close()
+    if json:
+        failed = [{"path": path, "reason": reason, "at": at} for path, reason, at in failures]
+        c.print_json({"documents": [vars(d) for d in found], "failures": failed})
+        return
+    for d in found:
+        c.out.print(f"{d.id[:12]}  {d.name}  {d.characters:,} characters, {d.passages:,} passages", markup=False)
+    for path, reason, _ in failures:
+        c.out.print(f"failed        {path}: {reason}", markup=False, style="yellow")
+    if not found and not failures:
+        c.out.print("no documents yet; add some with: longstride docs add FILE...")
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="Words to look for.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Passages to show.")] = 5,
+    db: c.Db = None,
+    json: c.Json = False,
+) -> None:
+    """Show the passages that retrieval would bring for QUERY."""
+    database = _database(db)
+    found = c.run(Retriever(Documents(database)).search(query, count))
+    database.close()
+    if json:
+        c.print_json([vars(p) for p in found])
+    elif found:
+        c.print_sources(found)
+    else:
+        c.out.print("nothing found")
+
+
+@app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="A document's name, or the beginning of its id.")], db: c.Db = None
+) -> None:
+    """Remove a document and its passages."""
+    database = _database(db)
+    documents = Documents(database)
+    found = documents.find(name)
+    database.write(lambda tables: documents.remove(tables, found.id))
+    database.close()
+    c.out.print(f"removed {found.name} ({found.passages:,} passages)", markup=False)

@@ -1,0 +1,100 @@
+"""`longstride sessions`: what is saved, how big, and whether it is sound."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longstride.cli import common as c
+from longstride.errors import LongstrideError
+from longstride.scheduler.settings import load_settings
+from longstride.storage.blocks import Blocks
+from longstride.storage.database import Database
+from longstride.storage.sessions import Sessions
+
+app = typer.Typer(help="List, show, verify and remove saved sessions.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="The session's name.")]
+
+
+def _database(db: Path | None) -> Database:
+    return Database(load_settings(**c.given(db=db)).db)
+
+
+@app.command("list")
+def list_(db: c.Db = None, json: c.Json = False) -> None:
+    """List sessions, last used first."""
+    database = _database(db)
+    found = Sessions(database).all()
+    blocks, size = Blocks(database, 0).usage()
+    database.close()
+    if json:
+        rows = [{"name": s.name, "tokens": s.tokens, "model": s.model, "updated_at": s.updated_at} for s in found]
+        c.print_json({"sessions": rows, "blocks": blocks, "blocks_bytes": size})
+        return
+    for s in found:
+        c.out.print(f"{s.name}  {s.tokens:,} tokens  {s.model}  {s.updated_at}", markup=False)
+    if not found:
+        c.out.print("no sessions yet; start one with: longstride read FILE --session NAME")
+    c.out.print(f"{blocks:,} blocks of KV, {size / 1e6:,.1f} MB", style="dim")
+
+
+@app.command()
+def show(name: Name, db: c.Db = None, json: c.Json = False) -> None:
+    """Show a session: its settings, and its answers with their sources."""
+    database = _database(db)
+    sessions = Sessions(database)
+    s = sessions.get(name)
+    answers = sessions.answers(s.id)
+    database.close()
+    if json:
+        c.print_json({**{k: v for k, v in vars(s).items() if k != "prompt"}, "answers": answers})
+        return
+    c.out.print(
+        f"{s.name}: {s.tokens:,} tokens read with {s.model}, the context begins at token {s.window_start:,}",
+        markup=False,
+    )
+    c.out.print(", ".join(f"{k}={v}" for k, v in s.settings.items() if v is not None), style="dim", markup=False)
+    for a in answers:
+        c.out.print(f"\n[{a['kind']}, {a['created_at']}] {a['question']}\n{a['text'].strip()}", markup=False)
+        for source in a["sources"]:
+            c.out.print(
+                f"  {source['document']}, characters {source['start']:,}-{source['stop']:,}", style="dim", markup=False
+            )
+
+
+@app.command()
+def verify(db: c.Db = None, json: c.Json = False) -> None:
+    """Check the database, every session's token ids and every block of KV; exit code 1 if anything is unsound."""
+    database = _database(db)
+    problems = database.check()
+    sessions = Sessions(database)
+    for s in sessions.all():
+        try:
+            stored = len(sessions.stream(s.id)) // 4
+        except LongstrideError as error:
+            problems.append(f"session {s.name}: {error}")
+            continue
+        if stored != s.tokens:
+            problems.append(f"session {s.name}: {stored} tokens are stored, {s.tokens} were read")
+    problems += Blocks(database, 0).verify()
+    database.close()
+    if json:
+        c.print_json({"sound": not problems, "problems": problems})
+    else:
+        for problem in problems:
+            c.err.print(problem, markup=False)
+        if not problems:
+            c.out.print("everything is sound")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def remove(name: Name, db: c.Db = None) -> None:
+    """Remove a session with all its text and answers."""
+    database = _database(db)
+    sessions = Sessions(database)
+    s = sessions.get(name)
+    database.write(lambda tables: sessions.remove(tables, s.id))
+    database.close()
+    c.out.print(f"removed {s.name} ({s.tokens:,} tokens)", markup=False)

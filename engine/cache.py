@@ -1,0 +1,129 @@
+"""`KVCache`: the keys and values of one sequence, one preallocated buffer a layer.
+
+Contract: rows `0 .. length-1` are valid; everything past `length` is scratch. `truncate` only moves `length`, so
+cutting a stale segment costs nothing. Buffers double until `limit` rows and never shrink below what is valid.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from longstride.errors import ContextFull
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer's KV: heads, and the sizes of a key and of a value vector."""
+
+    heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers stored for one token."""
+        return self.heads * (self.key_size + self.value_size)
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the cache of a model looks like; learned by `ModelRunner` from one forward."""
+
+    layers: tuple[LayerShape, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of KV for one token, all layers."""
+        return sum(layer.numbers for layer in self.layers) * self.dtype.itemsize
+
+    def describe(self) -> str:
+        """The part of a model's identity that decides whether stored rows fit."""
+        shapes = ",".join(f"{s.heads}x{s.key_size}+{s.value_size}" for s in self.layers)
+        return f"{self.dtype}:{shapes}"
+
+
+class KVCache:
+    """KV rows of one sequence. Not thread-safe: one forward or copy at a time (the device thread)."""
+
+    def __init__(self, layout: CacheLayout, limit: int, initial: int = 256) -> None:
+        self.layout = layout
+        self.limit = limit
+        self.length = 0
+        self._capacity = 0
+        self.keys: list[torch.Tensor] = []  # a layer: [heads, capacity, key size]
+        self.values: list[torch.Tensor] = []  # a layer: [heads, capacity, value size]
+        self._grow(min(initial, limit))
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes held by the buffers."""
+        return self._capacity * self.layout.row_bytes
+
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` rows in all. Raises `ContextFull` past the limit, before anything is changed."""
+        if rows > self.limit:
+            raise ContextFull(f"the cache holds at most {self.limit} rows; {rows} were asked for")
+        if rows > self._capacity:
+            self._grow(min(self.limit, max(rows, 2 * self._capacity)))
+
+    def _grow(self, capacity: int) -> None:
+        def bigger(old: torch.Tensor | None, heads: int, size: int) -> torch.Tensor:
+            new = torch.empty(heads, capacity, size, dtype=self.layout.dtype, device=self.layout.device)
+            if old is not None:
+                new[:, : self.length] = old[:, : self.length]
+            return new
+
+        # Layer by layer, so that the peak is one layer's old buffer and not the whole cache twice.
+        for i, shape in enumerate(self.layout.layers):
+            if self._capacity == 0:
+                self.keys.append(bigger(None, shape.heads, shape.key_size))
+                self.values.append(bigger(None, shape.heads, shape.value_size))
+            else:
+                self.keys[i] = bigger(self.keys[i], shape.heads, shape.key_size)
+                self.values[i] = bigger(self.values[i], shape.heads, shape.value_size)
+        self._capacity = capacity
+
+    def write(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put `keys` and `values` [heads, n, size] at `row`; `length` does not move (see `extend`)."""
+        stop = row + keys.shape[1]
+        self.keys[layer][:, row:stop] = keys
+        self.values[layer][:, row:stop] = values
+
+    def extend(self, length: int) -> None:
+        """Declare rows up to `length` valid, after they were written."""
+        self.length = max(self.length, length)
+
+    def truncate(self, length: int) -> None:
+        """Forget rows from `length` on. O(1)."""
+        self.length = min(self.length, length)
+
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Copy of rows `start .. stop-1` as one flat tensor: each layer's keys, then its values."""
+        parts: list[torch.Tensor] = []
+        for keys, values in zip(self.keys, self.values, strict=True):
+            parts += [keys[:, start:stop].reshape(-1), values[:, start:stop].reshape(-1)]
+        return torch.cat(parts)
+
+    def write_rows(self, row: int, flat: torch.Tensor) -> int:
+        """Put rows copied by `read_rows` at `row`; returns how many. `length` does not move."""
+        count = flat.numel() // sum(shape.numbers for shape in self.layout.layers)
+        at = 0
+        for i, shape in enumerate(self.layout.layers):
+            k, v = count * shape.heads * shape.key_size, count * shape.heads * shape.value_size
+            keys = flat[at : at + k].view(shape.heads, count, shape.key_size)
+            values = flat[at + k : at + k + v].view(shape.heads, count, shape.value_size)
+            self.write(i, row, keys.to(self.layout.device), values.to(self.layout.device))
+            at += k + v
+        return count
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if the structure contradicts itself; tests call this after every step."""
+        if not 0 <= self.length <= self._capacity <= self.limit:
+            raise AssertionError(f"length {self.length}, capacity {self._capacity}, limit {self.limit}")
+        for shape, keys, values in zip(self.layout.layers, self.keys, self.values, strict=True):
+            if keys.shape != (shape.heads, self._capacity, shape.key_size):
+                raise AssertionError(f"keys {tuple(keys.shape)}")
+            if values.shape != (shape.heads, self._capacity, shape.value_size):
+                raise AssertionError(f"values {tuple(values.shape)}")

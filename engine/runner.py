@@ -1,0 +1,101 @@
+"""`ModelRunner.forward(slices) -> logits`: the only caller of the model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from longstride.engine.attention import IMPLEMENTATION, Slice
+from longstride.engine.cache import CacheLayout, LayerShape
+from longstride.errors import ModelError
+
+
+class ModelRunner:
+    """Runs slices of any number of caches through one Hugging Face causal LM.
+
+    Raises `ModelError` when the model's layers do not all go through the attention interface (recurrent layers) or
+    use a sliding window: such a cache cannot be truncated.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        refuse_untruncatable(model.config)
+        try:
+            self.model.set_attn_implementation(IMPLEMENTATION)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"{model.config.model_type} models do not use transformers' attention interface: {error}"
+            ) from error
+        self.device: torch.device = next(model.parameters()).device
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+        self.vocab_size: int = model.config.vocab_size
+        self.max_positions: int = model.config.max_position_embeddings
+        self.layout = self._probe()
+        self.forwards = 0
+        self.tokens = 0
+
+    def _probe(self) -> CacheLayout:
+        """One forward of two tokens: learns each layer's KV shape, and that every layer is attention."""
+        shapes: dict[int, LayerShape] = {}
+        self._call([0, 0], [0, 1], torch.tensor([1]), shapes=shapes)
+        expected = self.model.config.num_hidden_layers
+        missing = sorted(set(range(expected)) - set(shapes))
+        if missing:
+            raise ModelError(
+                f"layers {missing} of this {self.model.config.model_type} model keep no key-value cache that can be "
+                "truncated; use a model with full attention in every layer"
+            )
+        return CacheLayout(tuple(shapes[i] for i in range(expected)), self.dtype, self.device)
+
+    @torch.inference_mode()
+    def _call(self, ids: Sequence[int], positions: Sequence[int], keep: torch.Tensor, **extra: object) -> torch.Tensor:
+        """Logits [rows kept, vocabulary] of one row of tokens."""
+        out = self.model(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            logits_to_keep=keep.to(self.device),
+            **extra,
+        )
+        logits: torch.Tensor = out.logits[0]
+        return logits
+
+    def forward(self, slices: Sequence[Slice]) -> list[torch.Tensor]:
+        """Compute the slices together; returns for each its `logits` last rows [logits, vocabulary].
+
+        The caches' lengths move only when the forward has succeeded.
+        """
+        ids: list[int] = []
+        positions: list[int] = []
+        keep: list[int] = []
+        for piece in slices:
+            if len(piece.positions) != len(piece.ids) or not piece.ids:
+                raise ValueError(f"a slice has {len(piece.ids)} ids and {len(piece.positions)} positions")
+            piece.cache.reserve(piece.stop)
+            ids += piece.ids
+            positions += piece.positions
+            keep += range(len(ids) - piece.logits, len(ids))
+        logits = self._call(ids, positions, torch.tensor(keep, dtype=torch.long), plan=slices)
+        for piece in slices:
+            piece.cache.extend(piece.stop)
+        self.forwards += 1
+        self.tokens += len(ids)
+        return list(torch.split(logits, [piece.logits for piece in slices]))
+
+
+def refuse_untruncatable(config: Any) -> None:
+    """Raise `ModelError`, naming the layer type, for a model whose cache cannot be cut at any row."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        raise ModelError(
+            f"{config.model_type} has {', '.join(sorted(kinds))} layers, whose cache cannot be truncated; "
+            "use a model with full attention in every layer"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        raise ModelError(
+            f"{config.model_type} has a sliding window of {window} tokens, whose cache cannot be truncated; "
+            "use a model with full attention in every layer"
+        )
+    if not getattr(config, "max_position_embeddings", None):
+        raise ModelError(f"{config.model_type} states no max_position_embeddings; this architecture is not supported")

@@ -1,0 +1,100 @@
+"""Logits to token: greedy, temperature, top-k, top-p, min-p, repetition penalty, seed, banned ids."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from longstride.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 and `min_p` 0 change nothing."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.temperature >= 0 and math.isfinite(self.temperature), "temperature must be 0 or more"),
+            (self.top_k >= 0, "top_k must be 0 or more"),
+            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
+            (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
+            (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
+        )
+        for good, message in checks:
+            if not good:
+                raise BadInput(message)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token, its probability under the distribution it was drawn from, and that distribution's entropy."""
+
+    token: int
+    probability: float
+    entropy: float  # in nats
+
+
+class Sampler:
+    """Chooses tokens for one answer; holds the seeded generator, so an answer is repeatable."""
+
+    def __init__(self, sampling: Sampling, banned: Sequence[int] = ()) -> None:
+        self.sampling = sampling
+        self._banned = torch.tensor(sorted(set(banned)), dtype=torch.long)
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def process(self, logits: torch.Tensor, context: Sequence[int]) -> torch.Tensor:
+        """Logits [vocabulary] in fp32 on the CPU after bans and the repetition penalty (Keskar et al. 2019, 4.1).
+
+        `context`: the tokens the penalty looks at.
+        """
+        scores = logits.float().cpu()
+        if self._banned.numel():
+            scores = scores.index_fill(0, self._banned, -math.inf)
+        if self.sampling.repetition_penalty != 1.0 and context:
+            seen = torch.tensor(sorted(set(context)), dtype=torch.long)
+            held = scores[seen]
+            penalty = self.sampling.repetition_penalty
+            scores = scores.index_copy(0, seen, torch.where(held < 0, held * penalty, held / penalty))
+        return scores
+
+    def distribution(self, scores: torch.Tensor) -> torch.Tensor:
+        """Probabilities [vocabulary] after temperature, top-k, top-p and min-p, in this order."""
+        s = self.sampling
+        probabilities = torch.softmax(scores / s.temperature if s.temperature > 0 else scores, dim=-1)
+        if s.temperature == 0:
+            return probabilities
+        if 0 < s.top_k < probabilities.numel():
+            least = torch.topk(probabilities, s.top_k).values[-1]
+            probabilities = torch.where(probabilities < least, 0.0, probabilities)
+        if s.top_p < 1.0:
+            ordered, order = torch.sort(probabilities, descending=True)
+            before = torch.cumsum(ordered, 0) - ordered
+            # a token stays while the mass before it is under top_p, so the first always stays
+            drop = order[before >= s.top_p * ordered.sum()]
+            probabilities = probabilities.index_fill(0, drop, 0.0)
+        if s.min_p > 0:
+            probabilities = torch.where(probabilities < s.min_p * probabilities.max(), 0.0, probabilities)
+        return probabilities / probabilities.sum()
+
+    def choose(self, logits: torch.Tensor, context: Sequence[int] = ()) -> Choice:
+        """The next token for `logits` [vocabulary]."""
+        scores = self.process(logits, context)
+        probabilities = self.distribution(scores)
+        if self.sampling.temperature == 0:
+            token = int(scores.argmax())
+        else:
+            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        entropy = -float(torch.special.xlogy(probabilities, probabilities).sum())
+        return Choice(token, float(probabilities[token]), entropy)

@@ -1,0 +1,129 @@
+"""`Sequence`: a context and its cache, kept in step. Offers the slices that are due; takes rows that are known.
+
+The heart of the engine in one place: edit the context, truncate the cache to what stayed valid, compute what is
+missing. Whether those rows are a chunk of text, a fresh segment or one decoded token makes no difference.
+"""
+
+from collections.abc import Sequence as Ids
+from typing import Protocol
+
+import torch
+
+from longstride.engine.attention import Slice
+from longstride.engine.cache import KVCache
+from longstride.engine.context import Context, Part
+from longstride.engine.runner import ModelRunner
+
+
+class PieceStore(Protocol):
+    """Rows of passages encoded before. `get` returns what `KVCache.read_rows` gave, or None."""
+
+    def get(self, sink: Ids[int], piece: Ids[int], position: int) -> torch.Tensor | None:
+        """Rows of `piece` standing at `position` and seeing `sink` and itself only."""
+
+    def put(self, sink: Ids[int], piece: Ids[int], position: int, rows: torch.Tensor) -> None:
+        """Keep such rows."""
+
+
+class Sequence:
+    """One sequence of token ids with its KV. Not thread-safe; `run` and `take` belong on the device thread.
+
+    Counters since the start: `computed` rows that went through the model, `copied` rows taken from the store.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, context: Context, *, max_rows: int, store: PieceStore | None = None
+    ) -> None:
+        self.context = context
+        self.cache = KVCache(runner.layout, max_rows)
+        self.store = store
+        self.computed = 0
+        self.copied = 0
+        self._known = 0  # rows valid once the slices handed out are computed
+
+    @property
+    def pending(self) -> int:
+        """Rows of the context that are not in the cache yet."""
+        return self.context.rows - self.cache.length
+
+    def rewrite(self, pieces: Ids[Ids[int]]) -> None:
+        """Put `pieces` in place of the segment and cut the cache to the boundary."""
+        self.cache.truncate(self.context.rewrite(pieces))
+
+    def end_turn(self, *, keep: bool) -> None:
+        """Leave the turn (see `Context.end_turn`) and cut the cache accordingly."""
+        self.cache.truncate(self.context.end_turn(keep=keep))
+
+    def slide(self, recent: int) -> None:
+        """Slide the window (see `Context.slide`) and cut the cache accordingly."""
+        self.cache.truncate(self.context.slide(recent))
+
+    def take(self, budget: int, logits: int = 1) -> list[Slice]:
+        """The next slices to compute, at most `budget` tokens; the last carries `logits` when it is the last due.
+
+        Rows found in the store are copied here and cost nothing of the budget. Empty: nothing is due.
+        """
+        slices: list[Slice] = []
+        end = self.context.rows
+        self.cache.reserve(end)
+        left = budget
+        known = self.cache.length
+        for part in self.context.parts(self.cache.length):
+            if part.piece is not None and self._copy(part):
+                known = part.stop
+                if not slices:
+                    self.cache.extend(known)
+                continue
+            if left <= 0:
+                break
+            due = part if len(part.ids) <= left else part.split(left)[0]
+            slices.append(self._slice(due))
+            known = due.stop
+            left -= len(due.ids)
+            if due is not part:
+                break
+        if slices and known == end:
+            last = slices[-1]
+            last.logits = min(logits, len(last.ids))
+        self._known = known
+        return slices
+
+    def _slice(self, part: Part) -> Slice:
+        positions = range(part.position, part.position + len(part.ids))
+        return Slice(self.cache, part.ids, positions, part.row, part.visible)
+
+    def _copy(self, part: Part) -> bool:
+        """Copy a passage's rows from the store into the cache, if it has them."""
+        if self.store is None:
+            return False
+        context = self.context
+        rows = self.store.get(context.text[: context.sink], part.ids, part.position)
+        if rows is None:
+            return False
+        self.cache.write_rows(part.row, rows)
+        self.copied += len(part.ids)
+        return True
+
+    def accept(self, slices: Ids[Slice]) -> None:
+        """After a forward over `take`'s slices: count them, keep freshly encoded passages in the store.
+
+        Rows copied behind the last computed one become valid here too.
+        """
+        self.computed += sum(len(piece.ids) for piece in slices)
+        self.cache.extend(self._known)
+        if self.store is None:
+            return
+        context = self.context
+        fresh = {piece.row: piece for piece in slices}
+        for part in context.parts(slices[0].row) if slices else ():
+            if part.piece is not None and part.row in fresh and fresh[part.row].stop == part.stop:
+                rows = self.cache.read_rows(part.row, part.stop)
+                self.store.put(context.text[: context.sink], part.ids, part.position, rows)
+
+    def run(self, runner: ModelRunner, budget: int = 512, logits: int = 1) -> torch.Tensor | None:
+        """Compute everything due, alone and at once (tests, examples, benchmarks); last rows' logits or None."""
+        out: torch.Tensor | None = None
+        while slices := self.take(budget, logits):
+            out = runner.forward(slices)[-1]
+            self.accept(slices)
+        return out

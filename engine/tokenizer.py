@@ -1,0 +1,150 @@
+"""Text to token ids and back. Ids are the truth of a session; text is only ever derived from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+REPLACEMENT = "�"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a model wants a conversation spelled, in token ids.
+
+    `prompt`, then the stream (in the user's turn), then a question, then `answer`; after the answer `resume` opens
+    the user's turn again, for reading on.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    resume: tuple[int, ...]
+
+
+class Tokenizer(Protocol):
+    """What the engine and the sessions need of a tokenizer."""
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Ids that end an answer."""
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Ids that are not text: never sampled (but `eos`), never part of a query."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` on its own, without any added special token; special tokens spelled in it stay text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+
+    def frame(self, system: str) -> Frame:
+        """The conversation's spelling with a system message."""
+
+
+class HFTokenizer:
+    """A Hugging Face tokenizer behind `Tokenizer`."""
+
+    def __init__(self, tokenizer: Any, eos: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        ends = {*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
+        self.eos = frozenset(ends)
+        self.special = frozenset(tokenizer.all_special_ids) | frozenset(
+            id_ for id_, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; a document that spells `<|im_end|>` gets ordinary tokens, not the control token."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, exactly as the tokens spell it."""
+        text: str = self._tokenizer.decode(
+            [i for i in ids if i not in self.special], clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def frame(self, system: str) -> Frame:
+        """From the model's chat template where it has one, else plain text."""
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            start = self._tokenizer.bos_token_id
+            head = [] if start is None else [start]
+            return Frame(
+                (*head, *self.encode(f"{system}\n\n")),
+                tuple(self.encode("\nAnswer:")),
+                tuple(self.encode("\n\n")),
+            )
+        mark = "\x00"
+        turns = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": mark},
+            {"role": "assistant", "content": mark},
+            {"role": "user", "content": mark},
+        ]
+        spelled: str = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        prompt, answer, resume, _ = spelled.split(mark)
+        return Frame(tuple(self._control(prompt)), tuple(self._control(answer)), tuple(self._control(resume)))
+
+    def _control(self, text: str) -> list[int]:
+        """Ids of template text, whose control tokens are meant."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+class StreamDecoder:
+    """Ids in, text out, never half a character and never a stop string.
+
+    Text that might still become a stop string, or whose last character is not complete, is held back. `stopped` is
+    set when a stop string was met; what follows it is dropped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = [stop for stop in stops if stop]
+        self._ids: list[int] = []
+        self._start = 0  # ids before this are emitted and no longer needed for decoding
+        self._decoded = ""  # text of ids from `_start` on that was taken into `_held`
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain after `token`."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if text.endswith(REPLACEMENT) and len(self._ids) - self._start < 64:
+            return ""  # the rest of the character comes with the next token
+        self._held += text[len(self._decoded) :]
+        self._decoded = text
+        if len(self._ids) - self._start > 64:
+            # decode from a token's distance back, so that spaces between tokens come out as in the whole
+            self._start = len(self._ids) - 8
+            self._decoded = self._tokenizer.decode(self._ids[self._start :])
+        return self._release(final=False)
+
+    def flush(self) -> str:
+        """What is still held back, at the end of the answer."""
+        if self.stopped:
+            return ""
+        text = self._tokenizer.decode(self._ids[self._start :])
+        self._held += text[len(self._decoded) :].rstrip(REPLACEMENT)
+        self._decoded = text
+        return self._release(final=True)
+
+    def _release(self, *, final: bool) -> str:
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            out, self._held = self._held[: min(found)], ""
+            return out
+        keep = 0
+        if not final:
+            for stop in self._stops:
+                for size in range(min(len(stop) - 1, len(self._held)), keep, -1):
+                    if self._held.endswith(stop[:size]):
+                        keep = size
+                        break
+        cut = len(self._held) - keep
+        out, self._held = self._held[:cut], self._held[cut:]
+        return out

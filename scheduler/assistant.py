@@ -1,0 +1,197 @@
+"""`Assistant`: a database, a model, a device; opens sessions and keeps documents."""
+
+import asyncio
+import logging
+import sqlite3
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from longstride.engine.embedded import Progress, silent
+from longstride.engine.identity import pack_ids, unpack_ids
+from longstride.engine.model import Model, load_model
+from longstride.engine.pieces import MemoryPieces
+from longstride.errors import BadInput
+from longstride.scheduler.device import Device
+from longstride.scheduler.passages import split_text
+from longstride.scheduler.retriever import Passage, Retriever
+from longstride.scheduler.session import Core, Session
+from longstride.scheduler.settings import SessionSettings, Settings, changed, load_settings
+from longstride.scheduler.snapshot import to_bytes
+from longstride.storage.blocks import Block, Blocks
+from longstride.storage.database import Database
+from longstride.storage.documents import Documents
+from longstride.storage.sessions import Sessions, StoredSession
+
+log = logging.getLogger("longstride")
+
+
+class Assistant:
+    """Made by `Assistant.open`; an async context manager."""
+
+    def __init__(self, settings: Settings, progress: Progress = silent, model: Model | None = None) -> None:
+        self.settings = settings
+        self._progress = progress
+        self._given = model
+        self._open: dict[str, Session] = {}
+        self._opening = asyncio.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        db: str | Path | None = None,
+        *,
+        progress: Progress = silent,
+        model: str | Model | None = None,
+        **settings: Any,
+    ) -> Self:
+        """An assistant over the database `db`; `settings` as in `Settings`. `model` may be a loaded `Model`.
+
+        Raises `BadInput` for wrong settings here, `ModelError` and `StorageError` on entering.
+        """
+        if db is not None:
+            settings["db"] = db
+        if isinstance(model, str):
+            settings["model"] = model
+        return cls(load_settings(**settings), progress, model if isinstance(model, Model) else None)
+
+    async def __aenter__(self) -> Self:
+        settings = self.settings
+        self.database = await asyncio.to_thread(Database, settings.db)
+        try:
+            self.model = await self._load()
+        except BaseException:
+            self.database.close()
+            raise
+        self.documents = Documents(self.database)
+        self.sessions = Sessions(self.database)
+        self.blocks = Blocks(self.database, settings.blocks_limit_bytes)
+        self.retriever = Retriever(self.documents)
+        self.device = Device(self.model.runner, budget_tokens=settings.budget_tokens)
+        self.pieces = MemoryPieces(self.model.fingerprint, settings.pieces_limit_bytes, self._keep_piece)
+        self.core = Core(
+            self.model,
+            self.device,
+            self.retriever,
+            self.sessions,
+            self.blocks,
+            self.pieces,
+            settings.block_tokens,
+        )
+        return self
+
+    async def _load(self) -> Model:
+        if self._given is not None:
+            return self._given
+        name, device, dtype = self.settings.model, self.settings.device, self.settings.dtype
+        return await asyncio.to_thread(load_model, name, device=device, dtype=dtype, progress=self._progress)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Finish the forward and the writes under way, then let go of everything."""
+        await asyncio.to_thread(self.device.close)
+        await asyncio.to_thread(self.database.close)
+        self._open.clear()
+
+    def _keep_piece(self, key: bytes, piece: Sequence[int], position: int, rows: torch.Tensor) -> None:
+        """Store a freshly encoded passage's rows, so that no later process encodes it again."""
+        positions = range(position, position + len(piece))
+        block = Block(key, self.model.fingerprint, pack_ids(piece), pack_ids(positions), to_bytes(rows))
+        self.database.submit(lambda tables: self.blocks.put(tables, [block])).add_done_callback(_report)
+
+    # --- sessions ---
+
+    async def session(self, name: str, *, create: bool = True, **changes: Any) -> Session:
+        """The session `name`: open already, resumed from the database, or (with `create`) new.
+
+        `changes` are settings of this session; those of an existing one are kept otherwise. Raises `BadInput` for an
+        unknown session without `create`, for wrong settings and for a session read with another tokenizer.
+        """
+        if not name.strip() or len(name) > 200 or any(ord(c) < 32 for c in name):
+            raise BadInput(f"a session needs a name of 1 to 200 printable characters, not {name!r}")
+        async with self._opening:
+            held = self._open.get(name)
+            if held is not None and held.healthy and (not changes or changed(held.settings, changes) == held.settings):
+                return held
+            stored = await asyncio.to_thread(self.sessions.find, name)
+            if stored is None:
+                if not create:
+                    await asyncio.to_thread(self.sessions.get, name)
+                session = await self._create(name, changed(self.settings.for_sessions(), changes))
+            else:
+                session = await self._resume(stored, changes)
+            self._open[name] = session
+            return session
+
+    async def has_session(self, name: str) -> bool:
+        """Whether a session of this name is stored."""
+        return await asyncio.to_thread(self.sessions.find, name) is not None
+
+    async def _create(self, name: str, settings: SessionSettings) -> Session:
+        data = settings.model_dump(mode="json")
+        prompt = pack_ids(self.model.tokenizer.frame(settings.system).prompt)
+        row = StoredSession(0, name, self.model.name, self.model.vocabulary, data, prompt, 0, 0, "", "")
+        session = Session(self.core, row, settings)  # checks the settings before anything is stored
+        session.id = await self.database.awrite(
+            lambda tables: self.sessions.create(tables, name, self.model.name, self.model.vocabulary, data, prompt)
+        )
+        return session
+
+    async def _resume(self, stored: StoredSession, changes: dict[str, Any]) -> Session:
+        if stored.vocabulary != self.model.vocabulary:
+            raise BadInput(
+                f"session {stored.name!r} was read with another tokenizer (model {stored.model}); open it with "
+                f"--model {stored.model}, or start a session of another name"
+            )
+        settings = changed(SessionSettings(**stored.settings), changes)
+        session = Session(self.core, stored, settings)
+        stream = array("I", unpack_ids(await asyncio.to_thread(self.sessions.stream, stored.id)))
+        passages = await asyncio.to_thread(self.sessions.passages, stored.id)
+        await session.restore(stored, stream, passages)
+        if changes:
+            data = settings.model_dump(mode="json")
+            await self.database.awrite(lambda tables: self.sessions.change(tables, stored.id, data))
+        return session
+
+    async def remove_session(self, name: str) -> None:
+        """Delete a session with all its text, and every stored block of KV that no other session's text needs."""
+        stored = await asyncio.to_thread(self.sessions.get, name)
+        self._open.pop(name, None)
+        await self.database.awrite(lambda tables: self.sessions.remove(tables, stored.id))
+
+    # --- documents ---
+
+    async def add_document(self, name: str, text: str, path: str | None = None) -> int | None:
+        """Store a document for retrieval; returns its passages, or None if the same text is there already.
+
+        Raises `BadInput` for a text without words.
+        """
+        if not text.strip():
+            raise BadInput("the file is empty" if not text else "the file holds no text")
+        if await asyncio.to_thread(self.documents.exists, self.documents.identity(text)):
+            return None
+        spans = await asyncio.to_thread(split_text, text, self.model.tokenizer, self.settings.passage_tokens)
+        try:
+            ids = await self.database.awrite(lambda tables: self.documents.add(tables, name, path, text, spans))
+        except sqlite3.IntegrityError:
+            return None  # another process added the same text a moment ago
+        return len(ids)
+
+    async def search(self, query: str, count: int = 5) -> list[Passage]:
+        """The best passages of the documents for `query`."""
+        return await self.retriever.search(query, count)
+
+
+def _report(done: "Future[int]") -> None:
+    error = done.exception()
+    if error is not None:
+        log.warning("a passage's rows could not be stored and will be computed again: %s", error)

@@ -1,0 +1,82 @@
+"""Files to plain text. A file that cannot be read raises `BadInput` with the reason; it never stops the others."""
+
+import codecs
+from pathlib import Path
+
+from longstride.errors import BadInput
+
+_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def text_of(path: Path) -> str:
+    """The text of a txt, Markdown, HTML or PDF file (others are read as plain text if they are text)."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot be read: {error.strerror}") from error
+    if not data:
+        raise BadInput("the file is empty")
+    if data.startswith(b"%PDF-") or path.suffix.lower() == ".pdf":
+        text = _pdf(path)
+    elif path.suffix.lower() in {".html", ".htm", ".xhtml"}:
+        text = _html(data)
+    else:
+        text = decode(data)
+    if not text.strip():
+        raise BadInput("the file holds no text")
+    return text.replace("\r\n", "\n").replace("\x00", "")
+
+
+def decode(data: bytes) -> str:
+    """Text in UTF-8 or UTF-16 (with its mark), else in Western European single bytes. Binary data is refused."""
+    for mark, encoding in _BOMS:
+        if data.startswith(mark):
+            try:
+                return data.decode(encoding)
+            except UnicodeDecodeError as error:
+                raise BadInput(f"is damaged {encoding} text at byte {error.start}") from error
+    if b"\x00" in data[:65536]:
+        raise BadInput("is a binary file, not text")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", errors="replace")
+    sample = text[:65536]
+    strange = sum(1 for c in sample if (ord(c) < 32 and c not in "\t\n\r\f\x1b") or c == "�")
+    if strange > len(sample) // 50:
+        raise BadInput("is a binary file, not text")
+    return text
+
+
+def _html(data: bytes) -> str:
+    try:
+        from bs4 import BeautifulSoup
+    except ImportError as error:
+        raise BadInput('HTML needs an extra: pip install "longstride[documents]"') from error
+    page = BeautifulSoup(data, "html.parser")
+    for hidden in page(["script", "style", "noscript", "template"]):
+        hidden.decompose()
+    for block in page(["p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "br", "section", "article"]):
+        block.insert_after("\n")
+    lines = (" ".join(line.split()) for line in page.get_text().splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def _pdf(path: Path) -> str:
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    except ImportError as error:
+        raise BadInput('PDF needs an extra: pip install "longstride[documents]"') from error
+    try:
+        reader = PdfReader(path)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise BadInput("is an encrypted PDF; save it without a password first")
+        pages = [page.extract_text() for page in reader.pages]
+    # a damaged PDF makes the parser fail in many ways; each is this file's fault alone and becomes its reason
+    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError) as error:
+        raise BadInput(f"is a damaged PDF: {type(error).__name__}: {error}") from error
+    text = "\n\n".join(pages)
+    if not text.strip():
+        raise BadInput("is a PDF without text (a scan?); run it through OCR first")
+    return text

@@ -1,0 +1,160 @@
+"""The device loop: one thread that runs forwards, shared by all sessions.
+
+Three verbs a step: choose slices, `runner.forward`, each session accepts its rows. Whatever a session wants of the
+device (read a chunk, decode a token, re-encode after a cut) is the slices its sequence has due and a function of the
+rows that come back; this loop knows none of these kinds. Waiting sequences share a forward, so sessions are batched.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from longstride.engine.attention import Slice
+from longstride.engine.runner import ModelRunner
+from longstride.engine.sequence import Sequence
+from longstride.errors import Busy
+
+T = TypeVar("T")
+Accept = Callable[[torch.Tensor | None], Any]
+MIN_SHARE = 64  # tokens of a forward that the largest waiting job gets at least, so that nobody starves
+
+
+@dataclass(eq=False)
+class _Step:
+    """A sequence's wish for one forward."""
+
+    sequence: Sequence
+    accept: Accept
+    future: "Future[Any]" = field(default_factory=Future)
+    slices: list[Slice] = field(default_factory=list)
+
+
+class Device:
+    """Runs steps of sequences and calls in order on its own thread. `budget_tokens`: new tokens a forward."""
+
+    def __init__(self, runner: ModelRunner, *, budget_tokens: int = 512, max_waiting: int = 256) -> None:
+        self.runner = runner
+        self.budget_tokens = budget_tokens
+        self.max_waiting = max_waiting
+        self._waiting: deque[_Step] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._loop, name="longstride-device", daemon=True)
+        self._thread.start()
+
+    async def step(self, sequence: Sequence, accept: Callable[[torch.Tensor | None], T]) -> T:
+        """Give `sequence` one forward; `accept` gets its last row's logits [1, vocabulary] on the device thread,
+        or None when more of it is still due, and its result is returned.
+
+        Cancelling waits for a forward under way (one step at most) and leaves the sequence usable. Raises `Busy`
+        at the queue's bound.
+        """
+        step = _Step(sequence, accept)
+        with self._wake:
+            if self._closing:
+                raise RuntimeError("the device was closed")
+            if len(self._waiting) >= self.max_waiting:
+                raise Busy(f"{self.max_waiting} steps are waiting for the device; try again later")
+            self._waiting.append(step)
+            self._wake.notify()
+        result: T = await _settled(step.future)
+        return result
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Run `work` on the device thread between forwards (copies of rows)."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._closing:
+                raise RuntimeError("the device was closed")
+            self._calls.append((work, future))
+            self._wake.notify()
+        return await _settled(future)
+
+    def close(self) -> None:
+        """Finish the forward under way and stop; whatever still waits is cancelled."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        for step in self._waiting:
+            step.future.cancel()
+        for _, future in self._calls:
+            future.cancel()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._waiting or self._calls or self._closing)
+                if self._closing:
+                    return
+                calls, self._calls = list(self._calls), deque()
+                steps, self._waiting = list(self._waiting), deque()
+            for work, future in calls:
+                if future.set_running_or_notify_cancel():
+                    _settle(future, work)
+            self._forward([step for step in steps if step.future.set_running_or_notify_cancel()])
+
+    def _forward(self, steps: list[_Step]) -> None:
+        """One forward for as many steps as the budget holds; the rest goes back to the front of the queue."""
+        # small ones first: a token of an answer is not kept waiting by a book, and the book gets what is left
+        steps.sort(key=lambda step: step.sequence.pending)
+        left = self.budget_tokens
+        chosen: list[_Step] = []
+        for step in steps:
+            try:
+                step.slices = step.sequence.take(max(left, MIN_SHARE))
+            except Exception as error:  # noqa: BLE001 - whatever it is belongs to this session alone
+                step.future.set_exception(error)
+                continue
+            left -= sum(len(piece.ids) for piece in step.slices)
+            chosen.append(step)
+        slices = [piece for step in chosen for piece in step.slices]
+        try:
+            rows = iter(self.runner.forward(slices) if slices else [])
+        except Exception as error:  # noqa: BLE001 - reported to every session that took part
+            for step in chosen:
+                step.future.set_exception(error)
+            return
+        for step in chosen:
+            last = None
+            for _ in step.slices:
+                last = next(rows)
+            logits = last if last is not None and last.shape[0] else None
+            _settle(step.future, lambda step=step, logits=logits: self._accept(step, logits))  # type: ignore[misc]
+
+    @staticmethod
+    def _accept(step: _Step, logits: torch.Tensor | None) -> Any:
+        step.sequence.accept(step.slices)
+        return step.accept(logits)
+
+
+def _settle(future: "Future[Any]", work: Callable[[], Any]) -> None:
+    try:
+        future.set_result(work())
+    except Exception as error:  # noqa: BLE001 - carried to whoever awaits it
+        future.set_exception(error)
+
+
+async def _settled(future: "Future[T]") -> T:
+    """Await `future`; when cancelled, withdraw it if it still waits, else let it finish first."""
+    waiter = asyncio.wrap_future(future)
+    try:
+        return await asyncio.shield(waiter)
+    except asyncio.CancelledError:
+        if not future.cancel():
+            while not future.done():
+                # further cancellations change nothing: the device is busy with this sequence for at most one step
+                try:
+                    await asyncio.shield(waiter)
+                except asyncio.CancelledError:
+                    continue
+                except Exception:  # noqa: BLE001 - the caller has gone; the sequence stays usable
+                    break
+        raise

@@ -1,0 +1,148 @@
+"""`PassageIndex`: BM25 over passages that can be added one by one, with the scores of a full rebuild at any time.
+
+bm25s computes scores when it builds, with the statistics of that moment, so its index cannot grow. Here postings keep
+term frequencies instead (a big sorted part, and a fresh tail merged into it in the background) and the score is taken
+at query time with the statistics of now. Tokens and formula are bm25s' own (`lucene`, k1 1.5, b 0.75); a test holds
+the scores to a fresh bm25s index over the same passages.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import bm25s
+import numpy as np
+from numpy.typing import NDArray
+
+K1, B = 1.5, 0.75
+MERGE_AT = 20_000  # postings in the tail; below this a merge costs more than it saves
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+def terms_of(texts: Sequence[str]) -> list[list[str]]:
+    """The terms of each text: lower-cased words without English stop words."""
+    if not texts:
+        return []
+    tokens: list[list[str]] = bm25s.tokenize(list(texts), stopwords="english", return_ids=False, show_progress=False)
+    return tokens
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """Postings sorted by term: term t has entries `starts[t] .. starts[t+1]-1`."""
+
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    passages: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    counts: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+class PassageIndex:
+    """Postings of passages numbered 0, 1, ... in the order of adding. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._merging = threading.Lock()
+        self._vocabulary: dict[str, int] = {}
+        self._merged = _Merged()
+        # the tail, in order of adding, and where each term occurs in it
+        self._terms: list[int] = []
+        self._passages: list[int] = []
+        self._counts: list[int] = []
+        self._where: dict[int, list[int]] = {}
+        self._lengths = np.zeros(1024, np.float32)
+        self.size = 0
+        self.total_length = 0
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Add passages. Cost: that of the new ones."""
+        new = terms_of(texts)
+        with self._lock:
+            for terms in new:
+                if self.size == len(self._lengths):
+                    self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
+                self._lengths[self.size] = len(terms)
+                for term, count in Counter(terms).items():
+                    id_ = self._vocabulary.setdefault(term, len(self._vocabulary))
+                    self._where.setdefault(id_, []).append(len(self._terms))
+                    self._terms.append(id_)
+                    self._passages.append(self.size)
+                    self._counts.append(count)
+                self.size += 1
+                self.total_length += len(terms)
+
+    @property
+    def merge_due(self) -> bool:
+        """Whether the tail has outgrown a quarter of the big part (so merging stays linear in all)."""
+        return len(self._terms) > max(MERGE_AT, len(self._merged.passages) // 4)
+
+    def merge(self) -> None:
+        """Move the tail into the big part; searches and additions go on meanwhile."""
+        with self._merging:
+            with self._lock:
+                old, size, vocabulary = self._merged, len(self._terms), len(self._vocabulary)
+                terms = np.array(self._terms, np.int64)
+                passages = np.array(self._passages, np.int32)
+                counts = np.array(self._counts, np.float32)
+            order = np.argsort(terms, kind="stable")
+            tail = np.zeros(vocabulary + 1, np.int64)
+            np.cumsum(np.bincount(terms, minlength=vocabulary), out=tail[1:])
+            big = np.concatenate([old.starts, np.full(vocabulary + 1 - len(old.starts), old.starts[-1])])
+            # an old posting moves by the tail's postings of smaller terms; a new one stands behind its term's old ones
+            from_old = np.arange(len(old.passages)) + np.repeat(tail[:-1], np.diff(big))
+            from_tail = np.arange(size) + big[1:][terms[order]]
+            merged = _Merged(
+                big + tail,
+                np.empty(len(from_old) + size, np.int32),
+                np.empty(len(from_old) + size, np.float32),
+            )
+            merged.passages[from_old], merged.passages[from_tail] = old.passages, passages[order]
+            merged.counts[from_old], merged.counts[from_tail] = old.counts, counts[order]
+            with self._lock:
+                self._merged = merged
+                del self._terms[:size], self._passages[:size], self._counts[:size]
+                self._where = {}
+                for at, term in enumerate(self._terms):
+                    self._where.setdefault(term, []).append(at)
+
+    def postings(self, term: str) -> tuple[Ints, Floats, Floats]:
+        """(passages, term counts, passage lengths) of a term."""
+        with self._lock:
+            id_ = self._vocabulary.get(term, -1)
+            merged, lengths = self._merged, self._lengths
+            tail = self._where.get(id_, [])
+            passages = np.array([self._passages[i] for i in tail], np.int32)
+            counts = np.array([self._counts[i] for i in tail], np.float32)
+        if 0 <= id_ < len(merged.starts) - 1:
+            span = slice(merged.starts[id_], merged.starts[id_ + 1])
+            passages = np.concatenate([merged.passages[span], passages])
+            counts = np.concatenate([merged.counts[span], counts])
+        return passages, counts, lengths[passages]
+
+
+def scores(indexes: Sequence[PassageIndex], query: str) -> list[Floats]:
+    """Scores of all passages of each index, as of one index over all of them together.
+
+    Robertson et al.'s BM25 in Lucene's form: sum over query terms of
+    ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 (1 - b + b length / average length)).
+    """
+    sizes = [index.size for index in indexes]
+    out = [np.zeros(size, np.float32) for size in sizes]
+    total = sum(sizes)
+    length = sum(index.total_length for index in indexes)
+    if not total or not length:
+        return out
+    average = length / total
+    for term, repeated in Counter(terms_of([query])[0]).items():
+        found = [index.postings(term) for index in indexes]
+        df = sum(len(passages) for passages, _, _ in found)
+        if not df:
+            continue
+        idf = np.float32(repeated * np.log(1 + (total - df + 0.5) / (df + 0.5)))
+        for (passages, counts, lengths), into, size in zip(found, out, sizes, strict=True):
+            fresh = passages < size  # passages added since the sizes were taken wait for the next search
+            tfc = counts / (counts + K1 * ((1 - B) + B * lengths / average))
+            into[passages[fresh]] += (idf * tfc)[fresh]
+    return out

@@ -1,0 +1,311 @@
+"""`Session`: one stream. Reads on, answers with sources, comes back after a restart."""
+
+import asyncio
+import time
+from array import array
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from longstride.engine.context import Context, Placement
+from longstride.engine.model import Model
+from longstride.engine.pieces import MemoryPieces
+from longstride.engine.sequence import Sequence
+from longstride.errors import BadInput, ContextFull, StorageError
+from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
+from longstride.scheduler.device import Device
+from longstride.scheduler.passages import StreamSplitter
+from longstride.scheduler.retriever import Retriever, StreamIndex
+from longstride.scheduler.settings import SessionSettings, changed
+from longstride.scheduler.snapshot import Snapshot
+from longstride.scheduler.turn import Turn
+from longstride.storage.blocks import Blocks
+from longstride.storage.sessions import Sessions, StoredSession, StreamPassage
+
+NOTE = "Note the main points of the last part of the text in one or two sentences."
+MARKS = ("\n[Retrieved passage]\n", "\n[End of the retrieved passage]\n")
+
+
+@dataclass(frozen=True)
+class Core:
+    """What all sessions of an assistant share."""
+
+    model: Model
+    device: Device
+    retriever: Retriever
+    sessions: Sessions
+    blocks: Blocks
+    pieces: MemoryPieces
+    block_tokens: int
+
+
+class Session:
+    """A stream being read, with its context, cache and index. Made by `Assistant.session`.
+
+    One operation at a time; others wait for their turn. `resumed` says how it came back, None for a new session.
+    """
+
+    def __init__(self, core: Core, stored: StoredSession, settings: SessionSettings) -> None:
+        self.core = core
+        self.name = stored.name
+        self.id = stored.id
+        self.settings = settings
+        self.resumed: ResumeReport | None = None
+        tokenizer = core.model.tokenizer
+        self.frame = tokenizer.frame(settings.system)
+        self.marks: tuple[list[int], list[int]] = ([], [])
+        if settings.placement is not Placement.BESIDE:
+            self.marks = tokenizer.encode(MARKS[0]), tokenizer.encode(MARKS[1])
+        limit = core.model.runner.max_positions
+        if settings.context_tokens is not None:
+            if settings.context_tokens > limit:
+                raise BadInput(f"context_tokens {settings.context_tokens} passes the model's {limit}")
+            limit = settings.context_tokens
+        segment = settings.passages * settings.passage_tokens
+        reserved = settings.passage_tokens
+        if settings.placement is not Placement.BESIDE:
+            reserved = segment + sum(map(len, self.marks))
+        context = Context(
+            self.frame.prompt,
+            placement=settings.placement,
+            limit=limit,
+            reserved=reserved,
+            refresh=settings.refresh,
+        )
+        self.headroom = min(settings.max_tokens + 128, context.room // 4)
+        if context.room - self.headroom < 16:
+            raise BadInput(
+                f"passages of {settings.passage_tokens} tokens leave no room for text in a context of {limit}; "
+                "shorten them (passage_tokens, passages) or take a longer context (context_tokens)"
+            )
+        self.sequence = Sequence(core.model.runner, context, max_rows=limit + segment, store=core.pieces)
+        self.snapshot = Snapshot(core.model, core.blocks, core.device, self.sequence, core.block_tokens)
+        self.stream = array("I")
+        self.window_start = 0
+        self.splitter = StreamSplitter(tokenizer, settings.passage_tokens)
+        self.index = StreamIndex(self.name, lambda a, b: tokenizer.decode(self.stream[a:b]))
+        self._characters = 0
+        self._lock = asyncio.Lock()
+        self._failure: StorageError | None = None
+
+    # --- coming back ---
+
+    async def restore(self, stored: StoredSession, stream: "array[int]", passages: list[StreamPassage]) -> None:
+        """Take over what was stored: token ids, passages, and the KV blocks that are sound."""
+        started = time.perf_counter()
+        self.stream = stream
+        self.window_start = stored.window_start
+        context = self.sequence.context
+        visible = stream[self.window_start :].tolist()
+        if len(visible) > context.room - self.headroom:
+            # a setting made the context shorter than it was
+            if self.settings.window == "refuse":
+                raise ContextFull(
+                    f"session {self.name!r} holds {len(visible)} tokens, more than the {context.room - self.headroom} "
+                    "that now fit; open it with its former settings or with --window sinks"
+                )
+            self.window_start = len(stream) - self._recent()
+            visible = stream[self.window_start :].tolist()
+        context.append(visible)
+        restored, problems = await self.snapshot.restore()
+        spans = [(p.start, p.stop, p.first_char, p.last_char) for p in passages]
+        if spans:
+            self.splitter.start = spans[-1][1]
+            self._characters = spans[-1][3]
+            await asyncio.to_thread(self.index.add, spans)
+        seconds = time.perf_counter() - started
+        self.resumed = ResumeReport(context.rows, restored, seconds, tuple(problems))
+
+    # --- reading ---
+
+    @property
+    def tokens(self) -> int:
+        """Stream tokens read."""
+        return len(self.stream)
+
+    def _recent(self) -> int:
+        """Stream tokens kept when the window slides: half of what fits."""
+        context = self.sequence.context
+        return (context.limit - context.reserved - context.prompt - self.headroom) // 2
+
+    async def feed(
+        self, text: str, *, notes_every: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> ReadReport:
+        """Read on. With `notes_every`, write a running note after every so many tokens.
+
+        `progress` hears of each chunk's tokens. Raises `ContextFull` when `text` does not fit and the window policy
+        is `refuse` (nothing is read then), `StorageError` when it cannot be saved (what was saved before stands).
+        """
+        if notes_every is not None and notes_every < 1:
+            raise BadInput(f"notes every {notes_every} tokens: it must be 1 or more")
+        ids = await asyncio.to_thread(self.core.model.tokenizer.encode, text)
+        return await self.feed_ids(ids, notes_every=notes_every, progress=progress)
+
+    async def feed_ids(
+        self, ids: list[int], *, notes_every: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> ReadReport:
+        """`feed` for token ids."""
+        started = time.perf_counter()
+        report = ReadReport(tokens=len(ids))
+        async with self._lock:
+            self._usable()
+            before = self.sequence.computed
+            room = self.sequence.context.room - self.headroom
+            if self.settings.window == "refuse" and len(ids) > room:
+                raise ContextFull(
+                    f"{len(ids)} tokens do not fit into session {self.name!r}: {max(room, 0)} are free of the "
+                    f"{self.sequence.context.limit} of its context ({self.headroom} kept for answers); read less, or "
+                    "slide the window with --window sinks (what leaves it stays retrievable)"
+                )
+            step = min(self.core.device.budget_tokens, notes_every or self.core.device.budget_tokens)
+            for at in range(0, len(ids), step):
+                chunk = ids[at : at + step]
+                report.slides += self._make_room(len(chunk) + self.headroom)
+                await self._read(chunk)
+                report.blocks += await self._save(chunk)
+                if progress is not None:
+                    progress(len(chunk))
+                if notes_every is not None and self.tokens // notes_every > (self.tokens - len(chunk)) // notes_every:
+                    report.notes.append(Note(self.tokens, await self._note()))
+            report.encoded = self.sequence.computed - before
+        report.seconds = time.perf_counter() - started
+        return report
+
+    def _make_room(self, needed: int) -> int:
+        """Slide the window if `needed` tokens do not fit; returns how often it slid (0 or 1)."""
+        if needed <= self.sequence.context.room:
+            return 0
+        keep = min(self._recent(), self.tokens - self.window_start)
+        self.sequence.slide(keep)
+        self.snapshot.reset()
+        self.window_start = self.tokens - keep
+        return 1
+
+    async def _read(self, chunk: list[int]) -> None:
+        """Compute a chunk's rows (and whatever else was left pending)."""
+        self.sequence.context.append(chunk)
+        self.stream.extend(chunk)
+        try:
+            while self.sequence.pending:
+                await self.core.device.step(self.sequence, lambda _logits: None)
+        except BaseException:
+            # not read: the text is taken back, so that memory and database say the same
+            del self.stream[len(self.stream) - len(chunk) :]
+            del self.sequence.context.text[len(self.sequence.context.text) - len(chunk) :]
+            self.sequence.cache.truncate(self.sequence.context.rows)
+            raise
+
+    async def _save(self, chunk: list[int]) -> int:
+        """Commit a chunk's ids, passages and full blocks in one transaction; returns the blocks stored."""
+        passages = self._new_passages()
+        blocks = await self.snapshot.new_blocks()
+        start, packed, window = self.tokens - len(chunk), array("I", chunk).tobytes(), self.window_start
+        core = self.core
+
+        def change(tables: object) -> int:
+            core.sessions.append(tables, self.id, start, packed, passages, window)  # type: ignore[arg-type]
+            return core.blocks.put(tables, blocks)  # type: ignore[arg-type]
+
+        try:
+            stored = await core.sessions.database.awrite(change)
+        except StorageError as error:
+            self._failure = error
+            raise
+        spans = [(p.start, p.stop, p.first_char, p.last_char) for p in passages]
+        await asyncio.to_thread(self.index.add, spans)
+        return stored
+
+    def _new_passages(self) -> list[StreamPassage]:
+        """Passages that the stream has completed, with their places in its text."""
+        out = []
+        for a, b in self.splitter.take(self.stream):
+            size = len(self.core.model.tokenizer.decode(self.stream[a:b]))
+            out.append(StreamPassage(a, b, self._characters, self._characters + size))
+            self._characters += size
+        return out
+
+    @property
+    def healthy(self) -> bool:
+        """Whether memory and database still say the same; if not, the assistant opens the session anew."""
+        return self._failure is None
+
+    def _usable(self) -> None:
+        if self._failure is not None:
+            raise StorageError(f"session {self.name!r} must be opened again, because saving failed: {self._failure}")
+
+    # --- answering ---
+
+    async def ask(self, question: str, *, remember: bool = False, **changes: object) -> AsyncGenerator[Piece, None]:
+        """Answer from the stream and the documents; pieces stream, the last carries the `Answer`.
+
+        Closing the iterator stops the device within one step and leaves the session as it was. `remember`: keep
+        question and answer in the stream. `changes`: settings for this answer only (stride, policy, max_tokens,
+        temperature, ...). Raises `BadInput` and `ContextFull`.
+        """
+        if not question.strip():
+            raise BadInput("the question is empty")
+        settings = self._for_answer(changes)
+        head = self.core.model.tokenizer.encode(f"\n\n{question.strip()}")
+        async with self._lock:
+            self._usable()
+            turn = Turn(self, settings, question, [*head, *self.frame.answer])
+            async with aclosing(turn.run("ask", remember=remember)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def answer(self, question: str, *, remember: bool = False, **changes: object) -> Answer:
+        """`ask`, waiting for the whole answer."""
+        answer: Answer | None = None
+        async for piece in self.ask(question, remember=remember, **changes):
+            answer = piece.answer
+        if answer is None:
+            raise RuntimeError("an answer ended without its last piece")
+        return answer
+
+    async def note(self) -> Answer:
+        """A running note on what was read last; stored like an answer."""
+        async with self._lock:
+            self._usable()
+            return await self._note()
+
+    @property
+    def question_room(self) -> int:
+        """Tokens of a question that fit without sliding the window."""
+        return max(0, self.sequence.context.room - self.settings.max_tokens)
+
+    def _for_answer(self, changes: dict[str, object]) -> SessionSettings:
+        fixed = {
+            "placement",
+            "passage_tokens",
+            "passages",
+            "refresh",
+            "window",
+            "context_tokens",
+            "system",
+        } & set(changes)
+        if fixed:
+            raise BadInput(f"{', '.join(sorted(fixed))} belongs to the session and cannot change for one answer")
+        return changed(self.settings, dict(changes))
+
+    async def _note(self) -> Answer:
+        """A running note on what was just read; the query is the stream's own end."""
+        head = self.core.model.tokenizer.encode(f"\n\n{NOTE}")
+        settings = changed(self.settings, {"max_tokens": min(self.settings.max_tokens, 96)})
+        recent = self.stream[-settings.query_tokens :].tolist()
+        turn = Turn(self, settings, NOTE, [*head, *self.frame.answer], query=recent)
+        answer: Answer | None = None
+        async for piece in turn.run("note", remember=False):
+            answer = piece.answer
+        if answer is None:
+            raise RuntimeError("a note ended without its last piece")
+        return answer
+
+    async def remember(self, ids: list[int]) -> None:
+        """Make a finished turn's ids (already in the context) part of the stream."""
+        self.stream.extend(ids)
+        await self._save(ids)
+
+    def make_room(self, needed: int) -> None:
+        """Room for a turn of `needed` tokens, sliding the window where the policy allows it."""
+        if self.settings.window != "refuse":
+            self._make_room(needed)

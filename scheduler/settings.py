@@ -1,0 +1,111 @@
+"""Settings: flags over `LONGSTRIDE_*` over `longstride.toml` over the defaults here."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from longstride.engine.context import Placement
+from longstride.engine.sampling import Sampling
+from longstride.errors import BadInput
+
+SYSTEM = "You answer questions about the text you are given. Be brief and keep to the text."
+
+
+class SessionSettings(BaseModel):
+    """What belongs to one session and is stored with it."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    placement: Placement = Field(Placement.BESIDE, description="where passages stand: beside, end or turn")
+    policy: Literal["tokens", "sentence", "confidence", "drift", "never"] = Field(
+        "tokens", description="when to retrieve"
+    )
+    stride: int = Field(16, ge=1, description="retrieve every so many generated tokens")
+    query_tokens: int = Field(32, ge=1, description="last tokens of text that form the query")
+    passage_tokens: int = Field(128, ge=1, description="tokens of a passage at most")
+    passages: int = Field(3, ge=1, le=64, description="passages in a segment at most")
+    refresh: int = Field(16, ge=1, description="text tokens fed again after a segment (beside)")
+    window: Literal["refuse", "sinks"] = Field("refuse", description="what happens when the context is full")
+    context_tokens: int | None = Field(None, ge=64, description="context length; the model's own when not set")
+    system: str = Field(SYSTEM, description="the system message")
+    max_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
+    temperature: float = Field(0.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.1, gt=0)
+    seed: int | None = None
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+
+
+class Settings(SessionSettings, BaseSettings):
+    """All settings; those of `SessionSettings` are the defaults of new sessions."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LONGSTRIDE_",
+        toml_file="longstride.toml",
+        extra="forbid",
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+    db: Path = Field(Path("longstride.db"), description="the database file")
+    model: str = Field("smollm2", description="smollm2, a folder, a GGUF file or a hub id")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    budget_tokens: int = Field(512, ge=16, description="new tokens a forward at most")
+    block_tokens: int = Field(64, ge=1, description="tokens a stored KV block")
+    blocks_limit_bytes: int = Field(8 << 30, ge=0, description="bytes of stored KV at most")
+    pieces_limit_bytes: int = Field(512 << 20, ge=0, description="bytes of passage KV kept in memory at most")
+    cache: Path | None = Field(None, description="where converted models are kept (read from the environment)")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base class's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    def for_sessions(self) -> SessionSettings:
+        """The part that a new session takes over."""
+        return SessionSettings(**{name: getattr(self, name) for name in SessionSettings.model_fields})
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings with `given` on top. Raises `BadInput` naming each setting that is wrong, in one sentence."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise BadInput(_sentence(error)) from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"longstride.toml could not be read: {error}") from error
+
+
+def changed(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettings:
+    """`settings` with `changes`, checked. Raises `BadInput`."""
+    try:
+        return SessionSettings(**{**settings.model_dump(), **changes})
+    except ValidationError as error:
+        raise BadInput(_sentence(error)) from error
+
+
+def _sentence(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"]) or "settings"
+        parts.append(f"{name}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})")
+    return "; ".join(parts)

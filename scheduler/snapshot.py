@@ -1,0 +1,115 @@
+"""`Snapshot`: the durable KV of a sequence, up to the boundary, as a chain of content-addressed blocks."""
+
+import asyncio
+import warnings
+
+import torch
+
+from longstride.engine.identity import chain_id, pack_ids
+from longstride.engine.model import Model
+from longstride.engine.sequence import Sequence
+from longstride.scheduler.device import Device
+from longstride.storage.blocks import Block, Blocks
+
+
+def to_bytes(rows: torch.Tensor) -> bytes:
+    """A flat tensor's bytes, whatever its dtype."""
+    return rows.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def from_bytes(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `to_bytes`; shares the bytes, so it is only read from."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(data, dtype=dtype)
+
+
+class Snapshot:
+    """Which blocks of a sequence exist, which are new, and bringing them back."""
+
+    def __init__(self, model: Model, blocks: Blocks, device: Device, sequence: Sequence, block_tokens: int) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.device = device
+        self.sequence = sequence
+        self.block_tokens = block_tokens
+        self._chain: list[bytes] = []  # ids of the blocks that were handed out or restored
+
+    def reset(self) -> None:
+        """The window slid: positions and ids are others now, and so are all blocks."""
+        self._chain = []
+
+    def _describe(self, index: int) -> tuple[bytes, list[int], list[int]]:
+        """(id, token ids, positions) of block `index`, given the chain before it."""
+        context = self.sequence.context
+        span = range(index * self.block_tokens, (index + 1) * self.block_tokens)
+        ids = [context.text[i] for i in span]
+        positions = [context.position(i) for i in span]
+        parent = self._chain[index - 1] if index else b""
+        return chain_id(self.model.fingerprint, parent, ids, positions), ids, positions
+
+    async def new_blocks(self) -> list[Block]:
+        """Full blocks of plain rows that were not handed out before, copied off the device."""
+        sequence = self.sequence
+        whole = min(sequence.cache.length, sequence.context.plain_rows) // self.block_tokens
+        first = len(self._chain)
+        if whole <= first:
+            return []
+        described = []
+        for index in range(first, whole):
+            block = self._describe(index)
+            described.append(block)
+            self._chain.append(block[0])
+
+        def copy() -> list[torch.Tensor]:
+            size = self.block_tokens
+            return [sequence.cache.read_rows(i * size, (i + 1) * size) for i in range(first, whole)]
+
+        rows = await self.device.call(copy)
+        return [
+            Block(id_, self.model.fingerprint, pack_ids(ids), pack_ids(positions), to_bytes(block))
+            for (id_, ids, positions), block in zip(described, rows, strict=True)
+        ]
+
+    async def restore(self) -> tuple[int, list[str]]:
+        """Bring back the leading blocks of the context's text that are stored and sound.
+
+        Everything is read and verified before the first row is written. Returns (rows restored, what was wrong with
+        blocks that could not be used; a block that is merely missing is not a problem).
+        """
+        self._chain = []
+        found, problems = await asyncio.to_thread(self._load)
+        sequence = self.sequence
+        dtype = self.model.runner.dtype
+
+        def write() -> None:
+            sequence.cache.reserve(len(found) * self.block_tokens)
+            for i, data in enumerate(found):
+                sequence.cache.write_rows(i * self.block_tokens, from_bytes(data, dtype))
+            sequence.cache.extend(len(found) * self.block_tokens)
+
+        await self.device.call(write)
+        if found:
+            used = list(self._chain)
+            await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, used))
+        return len(found) * self.block_tokens, problems
+
+    def _load(self) -> tuple[list[bytes], list[str]]:
+        found: list[bytes] = []
+        problems: list[str] = []
+        context = self.sequence.context
+        size = self.block_tokens * self.model.runner.layout.row_bytes
+        unsound: list[bytes] = []
+        for index in range(context.plain_rows // self.block_tokens):
+            id_, ids, positions = self._describe(index)
+            data, why = self.blocks.get(id_, self.model.fingerprint, pack_ids(ids), pack_ids(positions), size)
+            if data is None:
+                if why != "missing":
+                    problems.append(f"{why}; the text from token {index * self.block_tokens} on is computed again")
+                    unsound.append(id_)
+                break
+            found.append(data)
+            self._chain.append(id_)
+        if unsound:
+            self.blocks.database.write(lambda tables: self.blocks.drop(tables, unsound))
+        return found, problems

@@ -1,0 +1,254 @@
+"""`Turn`: one question and its answer: retrieve, rewrite, decode, and again on the stride."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import torch
+
+from longstride.engine.context import Placement
+from longstride.engine.identity import pack_ids
+from longstride.engine.sampling import Choice, Sampler
+from longstride.engine.tokenizer import StreamDecoder
+from longstride.errors import ContextFull
+from longstride.scheduler.answer import Answer, Piece, Source
+from longstride.scheduler.retriever import Passage
+from longstride.scheduler.settings import SessionSettings
+from longstride.scheduler.snapshot import from_bytes
+from longstride.scheduler.stride import Moment, Never, policy
+
+if TYPE_CHECKING:
+    from longstride.scheduler.session import Session
+
+
+class Turn:
+    """Runs once. `ids`: the question as the model sees it, up to where its answer begins.
+
+    `query`: what the first retrieval asks with; the question's own tokens when None.
+    """
+
+    def __init__(
+        self,
+        session: "Session",
+        settings: SessionSettings,
+        question: str,
+        ids: list[int],
+        query: list[int] | None = None,
+    ) -> None:
+        self.session = session
+        self.core = session.core
+        self.sequence = session.sequence
+        self.settings = settings
+        self.ids = ids
+        tokenizer = self.core.model.tokenizer
+        answer_frame = len(session.frame.answer)
+        self.text_ids = query if query is not None else ids[: len(ids) - answer_frame]
+        self.policy = policy(settings.policy, settings.stride)
+        banned = (tokenizer.special - tokenizer.eos) if tokenizer.eos else tokenizer.special
+        self.sampler = Sampler(settings.sampling(), sorted(banned))
+        stops = [text for mark in session.marks if (text := tokenizer.decode(mark).strip())]
+        self.decoder = StreamDecoder(tokenizer, stops)
+        self.answer = Answer(question)
+        self.generated: list[int] = []
+        self.passages: list[Passage] = []
+        self._since = 0  # tokens generated since the last retrieval
+        self._since_at = 0  # where the answer's text stood at the last retrieval
+        self._last_query: list[int] = []
+        self._view_from = 0  # where the answer's text stood when the passages in place came into view
+        self._rewriting = False  # the next step computes a rewrite
+        self._rest = ""
+
+    # --- the turn ---
+
+    async def run(self, kind: str, *, remember: bool) -> AsyncGenerator[Piece, None]:
+        """Pieces of the answer; the last carries it whole. The session is back at its boundary afterwards."""
+        context = self.sequence.context
+        limit = self._limit()
+        context.begin_turn()
+        added: list[int] = []
+        try:
+            context.append(self.ids)
+            async with aclosing(self._generate(limit)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            if remember:
+                added = self._keep()
+        finally:
+            self.sequence.end_turn(keep=bool(added))
+        if added:
+            await self.session.remember(added)
+        await self._store(kind)
+        yield Piece(self._rest, self.answer)
+
+    async def _generate(self, limit: int) -> AsyncGenerator[Piece, None]:
+        """Decode until the model ends the answer, a stop string comes or `limit` tokens are reached."""
+        started = time.perf_counter()
+        answer, context, ends = self.answer, self.sequence.context, self.core.model.tokenizer.eos
+        usage, timing = answer.usage, answer.timing
+        if not isinstance(self.policy, Never):
+            await self._retrieve()
+        computed = self.sequence.computed
+        choice = await self._next()
+        usage.encoded = self.sequence.computed - computed
+        usage.cached = context.rows - usage.encoded
+        timing.first_token = time.perf_counter() - started
+        timing.encode = timing.first_token - timing.retrieve
+        retrieved = timing.retrieve
+        while choice.token not in ends:
+            self.generated.append(choice.token)
+            context.append([choice.token])
+            text = self.decoder.push(choice.token)
+            answer.text += text
+            if text:
+                yield Piece(text)
+            if self.decoder.stopped:
+                break
+            if len(self.generated) >= limit:
+                answer.finish = "length" if limit == self.settings.max_tokens else "context"
+                break
+            self._since += 1
+            if self.policy.due(self._moment(choice)):
+                await self._retrieve()
+            choice = await self._next()
+        timing.decode = time.perf_counter() - started - timing.first_token - (timing.retrieve - retrieved)
+        self._rest = self.decoder.flush()
+        answer.text += self._rest
+        self._finish_sources()
+        usage.generated = len(self.generated)
+        if usage.generated > 1:
+            timing.tokens_per_second = (usage.generated - 1) / timing.decode
+
+    def _limit(self) -> int:
+        """Tokens the answer may have. Raises `ContextFull` if not even one fits behind the question."""
+        wanted = self.settings.max_tokens
+        frame = len(self.session.frame.resume)
+        self.session.make_room(len(self.ids) + wanted + frame)
+        room = self.sequence.context.room - len(self.ids) - frame
+        if room < 1:
+            raise ContextFull(
+                f"the question ({len(self.ids)} tokens) does not fit: {max(0, self.sequence.context.room)} tokens are "
+                f"free of {self.sequence.context.limit}; ask less, or open the session with --window sinks"
+            )
+        return min(wanted, room)
+
+    async def _next(self) -> Choice:
+        """The next token, after computing whatever is due."""
+        context = self.ids + self.generated if self.settings.repetition_penalty != 1.0 else []
+
+        def choose(logits: torch.Tensor | None) -> Choice | None:
+            return None if logits is None else self.sampler.choose(logits[-1], context)
+
+        computed = self.sequence.computed
+        while (choice := await self.core.device.step(self.sequence, choose)) is None:
+            pass
+        if self._rewriting:
+            self.answer.usage.rewritten += self.sequence.computed - computed
+            self._rewriting = False
+        return choice
+
+    def _moment(self, choice: Choice) -> Moment:
+        return Moment(
+            self._since,
+            self.answer.text[self._since_at :],
+            choice.probability,
+            choice.entropy,
+            self._query(),
+            self._last_query,
+        )
+
+    def _query(self) -> list[int]:
+        """The last `query_tokens` tokens of the turn's text; never tokens of the segment or of the template."""
+        special = self.core.model.tokenizer.special
+        text = [i for i in (*self.text_ids, *self.generated) if i not in special]
+        return text[-self.settings.query_tokens :]
+
+    # --- retrieval ---
+
+    async def _retrieve(self) -> None:
+        """Search; rewrite the segment unless the passages are those already in place."""
+        started = time.perf_counter()
+        session, usage = self.session, self.answer.usage
+        query = self._query()
+        found = await self.core.retriever.search(
+            self.core.model.tokenizer.decode(query),
+            session.settings.passages,
+            session.index,
+            session.window_start,
+        )
+        first = usage.retrievals == 0
+        usage.retrievals += 1
+        self._last_query, self._since, self._since_at = query, 0, len(self.answer.text)
+        if [p.id for p in found] == [p.id for p in self.passages]:
+            self.answer.timing.retrieve += time.perf_counter() - started
+            return
+        self._finish_sources()
+        self.passages = found
+        pieces = await asyncio.to_thread(self._pieces, found)
+        self.answer.timing.retrieve += time.perf_counter() - started
+        self.sequence.rewrite(pieces)
+        self._view_from = len(self.answer.text)
+        if not first:
+            usage.rewrites += 1
+            self._rewriting = True
+
+    def _pieces(self, passages: list[Passage]) -> list[list[int]]:
+        """The segment's pieces: apart for `beside`, in one run between the marks otherwise."""
+        tokenizer, limit = self.core.model.tokenizer, self.session.settings.passage_tokens
+        bodies = []
+        for passage in passages:
+            ids = (
+                self.session.stream[slice(*passage.tokens)].tolist()
+                if passage.tokens is not None
+                else tokenizer.encode(passage.text)
+            )
+            bodies.append(ids[:limit])
+        if self.session.settings.placement is Placement.BESIDE:
+            for body in bodies:
+                self._fetch(body)
+            return bodies
+        if not bodies:
+            return []
+        left, right = self.session.marks
+        # best passage last, next to the text it is for
+        return [[*left, *(i for body in reversed(bodies) for i in body), *right]]
+
+    def _fetch(self, piece: list[int]) -> None:
+        """Bring a passage's rows from the database into memory, if it was encoded in an earlier process."""
+        context, model = self.sequence.context, self.core.model
+        key = self.core.pieces.key(context.text[: context.sink], piece, context.sink)
+        if key in self.core.pieces:
+            return
+        positions = range(context.sink, context.sink + len(piece))
+        size = len(piece) * model.runner.layout.row_bytes
+        data, _why = self.core.blocks.get(key, model.fingerprint, pack_ids(piece), pack_ids(positions), size)
+        if data is not None:
+            self.core.pieces.insert(key, from_bytes(data, model.runner.dtype))
+
+    # --- the end ---
+
+    def _finish_sources(self) -> None:
+        """Note for the passages in place which part of the answer they were in view for."""
+        start, stop = self._view_from, len(self.answer.text)
+        sources = self.answer.sources
+        for passage in self.passages:
+            # a passage that stayed in view over a rewrite is one source with one span
+            before = next((s for s in sources if s.passage == passage.id and s.answer[1] == start), None)
+            if before is not None:
+                sources.remove(before)
+            span = (before.answer[0] if before is not None else start, stop)
+            p = passage
+            sources.append(Source(p.document, p.id, p.start, p.stop, round(p.score, 4), span, p.text))
+
+    def _keep(self) -> list[int]:
+        """Close the turn as the model's template wants it; returns the ids that join the stream."""
+        resume = list(self.session.frame.resume)
+        self.sequence.context.append(resume)
+        return [*self.ids, *self.generated, *resume]
+
+    async def _store(self, kind: str) -> None:
+        """Commit the answer with its sources."""
+        sessions, data = self.core.sessions, self.answer.to_dict()
+        session_id, tokens = self.session.id, self.session.tokens
+        await sessions.database.awrite(lambda tables: sessions.add_answer(tables, session_id, kind, tokens, data))

@@ -1,0 +1,137 @@
+"""KV blocks: content-addressed rows with a byte budget. A cache: a bad or missing block only costs time."""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlite_utils import Database as Tables
+
+from longstride.storage.database import Database
+
+MAX_BLOCK_BYTES = 900_000_000  # SQLite's limit for one value is 1,000,000,000 bytes
+FREE_DISK_BYTES = 1 << 30  # never fill a disk below this with a cache
+TOUCH_AFTER_S = 60.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows to store. `id` names all that decided their values; `ids` and `positions` are packed 32-bit numbers."""
+
+    id: bytes
+    fingerprint: str
+    ids: bytes
+    positions: bytes
+    data: bytes
+
+
+class Blocks:
+    """The block table."""
+
+    def __init__(self, database: Database, limit_bytes: int, free_disk_bytes: int = FREE_DISK_BYTES) -> None:
+        self.database = database
+        self.limit_bytes = limit_bytes
+        self.free_disk_bytes = free_disk_bytes
+
+    def put(self, tables: Tables, blocks: Iterable[Block]) -> int:
+        """Store blocks that are not there yet, inside the caller's transaction; returns how many were stored.
+
+        The budget is checked before each write; least recently used blocks go first. A block that fits neither the
+        budget nor the disk is left out.
+        """
+        stored = 0
+        used = self._used(tables)
+        for block in blocks:
+            size = len(block.data)
+            if tables.conn.execute("select 1 from blocks where id = ?", [block.id]).fetchone():
+                continue
+            if size > min(self.limit_bytes, MAX_BLOCK_BYTES):
+                continue
+            if shutil.disk_usage(self.database.path.parent).free < self.free_disk_bytes + 2 * size:
+                break
+            used -= self._evict(tables, used + size - self.limit_bytes)
+            row = [
+                block.id, block.fingerprint, block.ids, block.positions, block.data,
+                hashlib.sha256(block.data).digest(), size, time.time(),
+            ]  # fmt: skip
+            tables.conn.execute("insert into blocks values (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            used += size
+            stored += 1
+        return stored
+
+    @staticmethod
+    def _used(tables: Tables) -> int:
+        return int(tables.conn.execute("select coalesce(sum(bytes), 0) from blocks").fetchone()[0])
+
+    @staticmethod
+    def _evict(tables: Tables, excess: int) -> int:
+        freed = 0
+        while freed < excess:
+            row = tables.conn.execute("select id, bytes from blocks order by used_at, rowid limit 1").fetchone()
+            if row is None:
+                break
+            tables.conn.execute("delete from blocks where id = ?", [row[0]])
+            freed += row[1]
+        return freed
+
+    def get(self, id_: bytes, fingerprint: str, ids: bytes, positions: bytes, size: int) -> tuple[bytes | None, str]:
+        """(rows, "") of a sound block, else (None, what is wrong with it: "missing" or a reason to report)."""
+        row = self.database.read(
+            lambda tables: tables.conn.execute(
+                "select fingerprint, ids, positions, data, checksum from blocks where id = ?", [id_]
+            ).fetchone()
+        )
+        if row is None:
+            return None, "missing"
+        problems = (
+            (row[0] != fingerprint, "was made by another model"),
+            (row[1] != ids, "holds other token ids"),
+            (row[2] != positions, "holds other positions"),
+            (len(row[3]) != size, f"has {len(row[3])} bytes instead of {size}"),
+            (hashlib.sha256(row[3]).digest() != row[4], "fails its checksum"),
+        )
+        for wrong, why in problems:
+            if wrong:
+                return None, f"block {id_.hex()[:12]} {why}"
+        return row[3], ""
+
+    def touch(self, tables: Tables, ids: Iterable[bytes]) -> None:
+        """Mark blocks as used now, inside the caller's transaction."""
+        now = time.time()
+        tables.conn.executemany(
+            "update blocks set used_at = ? where id = ? and used_at < ?",
+            [(now, i, now - TOUCH_AFTER_S) for i in ids],
+        )
+
+    def drop(self, tables: Tables, ids: Iterable[bytes]) -> None:
+        """Delete blocks (unsound ones, so that sound ones can take their place)."""
+        tables.conn.executemany("delete from blocks where id = ?", [(i,) for i in ids])
+
+    def has(self, ids: list[bytes]) -> set[bytes]:
+        """Which of `ids` are stored."""
+
+        def query(tables: Tables) -> set[bytes]:
+            found = (tables.conn.execute("select id from blocks where id = ?", [i]).fetchone() for i in ids)
+            return {row[0] for row in found if row is not None}
+
+        return self.database.read(query)
+
+    def verify(self) -> list[str]:
+        """What is wrong with any stored block, a sentence each."""
+
+        def query(tables: Tables) -> list[str]:
+            wrong = []
+            for id_, data, checksum, size in tables.conn.execute("select id, data, checksum, bytes from blocks"):
+                if len(data) != size or hashlib.sha256(data).digest() != checksum:
+                    wrong.append(f"block {id_.hex()[:12]} fails its checksum; it will be computed again when needed")
+            return wrong
+
+        return self.database.read(query)
+
+    def usage(self) -> tuple[int, int]:
+        """(blocks, bytes) stored."""
+        row = self.database.read(
+            lambda tables: tables.conn.execute("select count(*), coalesce(sum(bytes), 0) from blocks").fetchone()
+        )
+        return int(row[0]), int(row[1])

@@ -1,0 +1,147 @@
+"""One SQLite file: opening, migrations, the single writer thread, per-thread readers, errors in words."""
+
+import asyncio
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from sqlite_utils import Database as Tables
+
+from longstride.errors import StorageError
+from longstride.storage.schema import migrations
+
+T = TypeVar("T")
+BUSY_S = 10.0
+
+
+class Database:
+    """The file. Writes go through one thread, each as one immediate transaction; reads through a connection a thread.
+
+    `write` and `read` take a function of a sqlite-utils database. A write either happens whole or not at all;
+    `StorageError` says why not.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._closed = False
+        try:
+            # created by hand, so that nobody else can read it for even a moment
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        except OSError as error:
+            raise StorageError(f"the database {self.path} cannot be opened: {error.strerror}") from error
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="longstride-writer")
+        try:
+            self.write(self._migrate)
+        except BaseException:
+            self.close()
+            raise
+
+    def _migrate(self, tables: Tables) -> None:
+        known = {migration.name for migration in migrations.pending(Tables(memory=True))}
+        newer = {applied.name for applied in migrations.applied(tables)} - known
+        if newer:
+            raise StorageError(
+                f"the database {self.path} was written by a newer Longstride ({', '.join(sorted(newer))}); "
+                "upgrade Longstride or name another file with --db"
+            )
+        migrations.apply(tables)
+
+    def _tables(self) -> Tables:
+        tables: Tables | None = getattr(self._local, "tables", None)
+        if tables is None:
+            if self._closed:
+                raise StorageError(f"the database {self.path} was closed")
+            # each thread has its own connection; check_same_thread is off only so that close() can close them all
+            connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+            self._connections.append(connection)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA foreign_keys=ON")
+            connection.execute("PRAGMA secure_delete=ON")
+            tables = self._local.tables = Tables(connection)
+        return tables
+
+    def _transaction(self, change: Callable[[Tables], T]) -> T:
+        with self._words():
+            tables = self._tables()
+            # immediate: a deferred transaction that reads first fails at once when another process wrote meanwhile
+            tables.conn.execute("BEGIN IMMEDIATE")
+            try:
+                result = change(tables)
+                tables.conn.execute("COMMIT")
+            except BaseException:
+                if tables.conn.in_transaction:
+                    tables.conn.execute("ROLLBACK")
+                raise
+            return result
+
+    def submit(self, change: Callable[[Tables], T]) -> "Future[T]":
+        """Queue a transaction on the writer thread."""
+        if self._closed:
+            raise StorageError(f"the database {self.path} was closed")
+        return self._writer.submit(self._transaction, change)
+
+    def write(self, change: Callable[[Tables], T]) -> T:
+        """Run a transaction and wait for it."""
+        return self.submit(change).result()
+
+    async def awrite(self, change: Callable[[Tables], T]) -> T:
+        """The same without blocking the event loop; cancelling the wait does not undo the write."""
+        return await asyncio.shield(asyncio.wrap_future(self.submit(change)))
+
+    def read(self, query: Callable[[Tables], T]) -> T:
+        """Run a query on this thread's connection."""
+        with self._words():
+            return query(self._tables())
+
+    async def aread(self, query: Callable[[Tables], T]) -> T:
+        """The same in a worker thread."""
+        return await asyncio.to_thread(self.read, query)
+
+    def _words(self) -> "_Words":
+        return _Words(self.path)
+
+    def check(self) -> list[str]:
+        """SQLite's own integrity check: what is wrong, empty when sound."""
+        rows = self.read(lambda tables: tables.conn.execute("PRAGMA integrity_check").fetchall())
+        return [row[0] for row in rows if row[0] != "ok"]
+
+    def close(self) -> None:
+        """Finish queued writes and close all connections."""
+        if self._closed:
+            return
+        self._closed = True
+        self._writer.shutdown(wait=True)
+        for connection in self._connections:
+            connection.close()
+
+
+class _Words:
+    """Turns SQLite's errors into `StorageError` sentences."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+            text = str(error)
+            if "full" in text:
+                hint = "the disk is full; free some space and try again (what was saved before is unharmed)"
+            elif "locked" in text or "busy" in text:
+                hint = f"another process has been writing for more than {BUSY_S:.0f} s; try again"
+            elif "not a database" in text or "malformed" in text:
+                hint = "this is not a sound SQLite file; restore a backup or name another file with --db"
+            elif "readonly" in text:
+                hint = "the file is read-only; change its permissions or name another file with --db"
+            else:
+                hint = text
+            raise StorageError(f"the database {self.path} could not be used: {hint}") from error

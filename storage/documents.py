@@ -1,0 +1,108 @@
+"""Documents and their passages."""
+
+import hashlib
+from dataclasses import dataclass
+
+from sqlite_utils import Database as Tables
+
+from longstride.errors import BadInput
+from longstride.storage.database import Database
+from longstride.storage.sessions import now
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """A document's row, without its text."""
+
+    id: str
+    name: str
+    path: str | None
+    characters: int
+    passages: int
+    added_at: str
+
+
+@dataclass(frozen=True)
+class StoredPassage:
+    """A passage with its text and where it stands in its document."""
+
+    id: int
+    document_id: str
+    document: str
+    start: int
+    stop: int
+    text: str
+
+
+class Documents:
+    """The document tables."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    @staticmethod
+    def identity(text: str) -> str:
+        """A document's id: the hash of its text, so the same text is stored once."""
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def exists(self, id_: str) -> bool:
+        """Whether a document with this text is stored."""
+        query = "select 1 from documents where id = ?"
+        return self.database.read(lambda tables: tables.conn.execute(query, [id_]).fetchone()) is not None
+
+    def add(self, tables: Tables, name: str, path: str | None, text: str, spans: list[tuple[int, int]]) -> list[int]:
+        """Store a document and its passages, inside the caller's transaction; returns the passages' ids."""
+        id_ = self.identity(text)
+        tables.conn.execute("insert into documents values (?, ?, ?, ?, ?)", [id_, name, path, text, now()])
+        insert = "insert into passages (document_id, start, stop) values (?, ?, ?)"
+        ids = [int(tables.conn.execute(insert, [id_, a, b]).lastrowid or 0) for a, b in spans]
+        if path is not None:
+            tables.conn.execute("delete from failures where path = ?", [path])
+        return ids
+
+    def fail(self, tables: Tables, path: str, reason: str) -> None:
+        """Record a file that could not be added."""
+        tables.conn.execute("insert or replace into failures values (?, ?, ?)", [path, reason, now()])
+
+    def failures(self) -> list[tuple[str, str, str]]:
+        """(path, reason, when) of files that could not be added."""
+        return self.database.read(
+            lambda tables: tables.conn.execute("select path, reason, at from failures order by at, path").fetchall()
+        )
+
+    def all(self) -> list[StoredDocument]:
+        """All documents, oldest first."""
+        query = (
+            "select d.id, name, path, length(text), (select count(*) from passages where document_id = d.id), added_at "
+            "from documents d order by added_at, name"
+        )
+        return [
+            StoredDocument(*row) for row in self.database.read(lambda tables: tables.conn.execute(query).fetchall())
+        ]
+
+    def find(self, name: str) -> StoredDocument:
+        """A document by name or by the beginning of its id; `BadInput` when there is none or several."""
+        found = [d for d in self.all() if d.name == name or (len(name) >= 6 and d.id.startswith(name))]
+        if len(found) != 1:
+            what = "no document" if not found else f"{len(found)} documents"
+            raise BadInput(f"{what} named {name!r}; `longstride docs list` shows names and ids")
+        return found[0]
+
+    def remove(self, tables: Tables, id_: str) -> None:
+        """Delete a document and its passages, inside the caller's transaction."""
+        tables.conn.execute("delete from documents where id = ?", [id_])
+
+    def passages(self, after: int = 0) -> list[StoredPassage]:
+        """All passages with an id above `after`, in id order."""
+        query = (
+            "select p.id, d.id, d.name, p.start, p.stop, substr(d.text, p.start + 1, p.stop - p.start) "
+            "from passages p join documents d on d.id = p.document_id where p.id > ? order by p.id"
+        )
+        rows = self.database.read(lambda tables: tables.conn.execute(query, [after]).fetchall())
+        return [StoredPassage(*row) for row in rows]
+
+    def revision(self) -> tuple[int, int]:
+        """(passages, largest id): changes whenever passages were added or removed."""
+        query = "select count(*), coalesce(max(id), 0) from passages"
+        row = self.database.read(lambda tables: tables.conn.execute(query).fetchone())
+        return int(row[0]), int(row[1])

@@ -1,0 +1,177 @@
+"""Promise 1: after any sequence of operations, logits equal one fresh forward over the same ids."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from longstride.engine.context import Context, Placement
+from longstride.engine.pieces import MemoryPieces
+from longstride.engine.sequence import Sequence
+from tests.tiny import reference_logits, tiny_model
+
+PROMPT, RESERVED, REFRESH, LIMIT = 6, 24, 5, 400
+token = st.integers(0, 255)
+tokens = st.lists(token, min_size=1, max_size=30)
+
+
+def layout(placement, text, pieces, boundary):
+    """(ids, positions, visible) written down from the definition in docs/methods.md, not from the code under test."""
+    n, sink = len(text), max(PROMPT, 4)
+    if not pieces:
+        boundary = n
+    ids, positions, kinds = [], [], []
+    beside = placement is Placement.BESIDE
+
+    def put_text(start, stop, kind):
+        for i in range(start, stop):
+            ids.append(text[i])
+            positions.append(len(ids) - 1 if not beside else (i if i < sink else i + RESERVED))
+            kinds.append(kind)
+
+    put_text(0, boundary, "text")
+    for p, piece in enumerate(pieces):
+        for j, id_ in enumerate(piece):
+            ids.append(id_)
+            positions.append(sink + j if beside else len(ids) - 1)
+            kinds.append(p)
+    put_text(boundary, n, "tail")
+    visible = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    if beside:
+        for q, kind in enumerate(kinds):
+            if isinstance(kind, int):
+                for k in range(q):
+                    visible[q, k] = k < sink or kinds[k] == kind
+    return ids, positions, visible
+
+
+class Exactness(RuleBasedStateMachine):
+    kind: str
+    placement: Placement
+
+    @initialize(prompt=st.lists(token, min_size=PROMPT, max_size=PROMPT), budget=st.sampled_from([3, 7, 64]))
+    def start(self, prompt, budget):
+        self.plain, self.runner = tiny_model(self.kind)
+        self.store = MemoryPieces("tiny", 1 << 20)
+        self.budget = budget
+        self.sequence = self.new_sequence(prompt)
+        self.text, self.pieces, self.boundary, self.turn = list(prompt), (), 0, None
+
+    def new_sequence(self, prompt):
+        context = Context(prompt, placement=self.placement, limit=LIMIT, reserved=RESERVED, refresh=REFRESH)
+        return Sequence(self.runner, context, max_rows=LIMIT + 3 * RESERVED, store=self.store)
+
+    @rule(ids=tokens)
+    def feed(self, ids):
+        if len(self.text) + len(ids) <= LIMIT - RESERVED:
+            self.sequence.context.append(ids)
+            self.text += ids
+
+    @precondition(lambda self: self.turn is None)
+    @rule(question=tokens)
+    def ask(self, question):
+        if len(self.text) + len(question) <= LIMIT - RESERVED:
+            self.sequence.context.begin_turn()
+            self.turn = len(self.text)
+            self.sequence.context.append(question)
+            self.text += question
+
+    @rule(pieces=st.lists(st.lists(token, min_size=1, max_size=8), max_size=3))
+    def rewrite(self, pieces):
+        self.sequence.rewrite(pieces)
+        sink = max(PROMPT, 4)
+        self.pieces = tuple(map(tuple, pieces)) if len(self.text) > sink else ()
+        if self.placement is Placement.BESIDE:
+            self.boundary = max(sink, len(self.text) - REFRESH)
+        elif self.placement is Placement.TURN and self.turn is not None:
+            self.boundary = self.turn
+        else:
+            self.boundary = len(self.text)
+
+    @rule(count=st.integers(1, 4))
+    def decode(self, count):
+        for _ in range(count):
+            if len(self.text) < LIMIT - RESERVED:
+                best = int(self.logits()[-1].argmax())
+                self.sequence.context.append([best])
+                self.text.append(best)
+
+    @rule()
+    def stop_within_a_step(self):
+        """A cancelled forward: slices were taken, one step at most was computed, nothing was accepted after it."""
+        slices = self.sequence.take(self.budget)
+        if slices:
+            self.runner.forward(slices)
+
+    @precondition(lambda self: self.turn is not None)
+    @rule(keep=st.booleans())
+    def answer_done(self, keep):
+        self.sequence.end_turn(keep=keep)
+        if not keep:
+            del self.text[self.turn :]
+        self.turn, self.pieces = None, ()
+
+    @precondition(lambda self: self.turn is None)
+    @rule(recent=st.integers(0, 40))
+    def slide(self, recent):
+        self.sequence.rewrite([])
+        self.sequence.slide(recent)
+        self.pieces = ()
+        self.text = self.text[:PROMPT] + self.text[PROMPT:][max(0, len(self.text) - PROMPT - recent) :]
+
+    @precondition(lambda self: self.turn is None)
+    @rule(block=st.integers(1, 16))
+    def snapshot_and_restore(self, block):
+        """Blocks of plain rows go into a new sequence, as after a restart; the open block is computed again."""
+        old = self.sequence
+        whole = min(old.cache.length, old.context.plain_rows) // block * block
+        blocks = [old.cache.read_rows(at, at + block) for at in range(0, whole, block)]
+        self.sequence = self.new_sequence(self.text[:PROMPT])
+        self.sequence.context.append(self.text[PROMPT:])
+        self.sequence.cache.reserve(whole)
+        for i, rows in enumerate(blocks):
+            self.sequence.cache.write_rows(i * block, rows)
+        self.sequence.cache.extend(whole)
+        self.pieces = ()
+
+    def logits(self):
+        self.sequence.cache.truncate(self.sequence.context.rows - 1)  # the last row is always computed here
+        return self.sequence.run(self.runner, self.budget)
+
+    @rule()
+    def exact(self):
+        """A rule and not an invariant, so that rows are also left pending over several operations."""
+        ours = self.logits()
+        reference = reference_logits(self.plain, *layout(self.placement, self.text, self.pieces, self.boundary))
+        torch.testing.assert_close(ours[-1], reference[-1], atol=1e-4, rtol=1e-4)
+        assert ours[-1].argmax() == reference[-1].argmax()
+        assert self.sequence.pending == 0
+        assert self.sequence.context.text == self.text
+        self.sequence.cache.check_integrity()
+
+    def teardown(self):
+        if hasattr(self, "sequence"):
+            self.exact()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("placement", list(Placement))
+def test_any_sequence_of_operations_is_exact(kind, placement):
+    machine = type("Machine", (Exactness,), {"kind": kind, "placement": placement})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=30,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+        ),
+    )
