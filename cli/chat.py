@@ -1,7 +1,6 @@
 """`longstride chat`: the interactive REPL."""
 
 import asyncio
-import os
 import shlex
 import signal
 import sys
@@ -103,13 +102,7 @@ class Repl:
 
     async def read(self, rest: str) -> None:
         """/read"""
-        try:
-            names = shlex.split(rest)
-        except ValueError as error:
-            raise BadInput(f"/read: {error}") from error
-        if not names:
-            raise BadInput("/read needs a file")
-        for path in (Path(os.path.expanduser(name)) for name in names):  # noqa: PTH111 - a plain string function
+        for path in _paths(rest):
             try:
                 text = await asyncio.to_thread(text_of, path)
             except BadInput as error:
@@ -163,6 +156,17 @@ class Repl:
     async def help(self, _rest: str) -> None:
         """/help"""
         c.out.print(HELP, markup=False, end="")
+
+
+def _paths(rest: str) -> list[Path]:
+    """The files named behind /read, quoted as in a shell."""
+    try:
+        names = shlex.split(rest)
+    except ValueError as error:
+        raise BadInput(f"/read: {error}") from error
+    if not names:
+        raise BadInput("/read needs a file")
+    return [Path(name).expanduser() for name in names]
 
 
 def _history() -> History:

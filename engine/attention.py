@@ -7,7 +7,7 @@ and anchors are one mechanism.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,8 @@ from longstride.errors import ModelError
 
 IMPLEMENTATION = "longstride"
 Range = tuple[int, int]
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+SPLIT_ROWS = 256  # a half of the keys shorter than this is not worth a merge
 
 
 @dataclass(eq=False)
@@ -45,16 +47,14 @@ class Slice:
         """First row after this slice."""
         return self.row + len(self.ids)
 
-    def bias(self, seen: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-        """Additive mask [n, seen + n], or None when everything is visible; made once for all layers."""
+    def bias(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        """Additive mask [n, n] among the new tokens, None for a single one; made once for all layers."""
         n = len(self.ids)
         if n == 1 and self.mask is None:
             return None
         if self._bias is None:
             among = torch.ones(n, n, dtype=torch.bool).tril() if self.mask is None else self.mask
-            bias = torch.zeros(n, seen + n, dtype=dtype)
-            bias[:, seen:].masked_fill_(~among, -math.inf)
-            self._bias = bias.to(device)
+            self._bias = torch.zeros(n, n, dtype=dtype).masked_fill_(~among, -math.inf).to(device)
         return self._bias
 
 
@@ -66,12 +66,15 @@ def _visible_rows(buffer: torch.Tensor, piece: Slice) -> torch.Tensor:
     return torch.cat([*parts, buffer[:, piece.row : piece.stop]], dim=1)
 
 
+# Kernels: query [heads, n, d]; keys and values [kv heads, seen + n, d], the new tokens' own rows last; bias [n, n] is
+# added among the new tokens, everything before them is visible. Query heads of one KV head are packed as rows.
+
+
 def _matmul_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Packed-heads attention: the query heads of a KV head become rows of one matmul, softmax in fp32.
+    """Two matmuls with a softmax in fp32 between them: on CPU in bf16 several times faster than torch's kernels.
 
-    query [heads, n, d], keys and values [kv heads, rows, d]. On CPU in bf16 this is several times faster than sdpa.
     Query rows are taken in blocks so that the scores stay small.
     """
     heads, n, _ = query.shape
@@ -85,25 +88,78 @@ def _matmul_attention(
         size = part.shape[2]
         scores = (part.reshape(kv_heads, group * size, -1) @ keys.transpose(1, 2)).float() * scaling
         if bias is not None:
-            scores.view(kv_heads, group, size, rows).add_(bias[start : start + size].float())
+            scores.view(kv_heads, group, size, rows)[..., rows - n :] += bias[start : start + size].float()
         weights = torch.softmax(scores, dim=-1).to(values.dtype)
         out[:, :, start : start + block] = (weights @ values).view(kv_heads, group, size, -1)
     return out.reshape(heads, n, -1)
 
 
+def _flash_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """torch's CPU flash kernel, apart over what was there before (no mask) and over the new tokens (a small one).
+
+    A single row is split over the keys as well, because there are fewer KV heads than it takes to keep all cores busy.
+    Parts are merged by their log-sum-exp, which is exact (Milakov and Gimelshein 2018, arXiv 1805.02867).
+    """
+    heads, n, size = query.shape
+    kv_heads, rows, _ = keys.shape
+    seen = rows if bias is None else rows - n
+    packed = query.reshape(1, kv_heads, -1, size)
+    outs: list[torch.Tensor] = []
+    sums: list[torch.Tensor] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=mask, scale=scaling
+        )
+        outs.append(out)
+        sums.append(lse)
+
+    half = seen // 2
+    if n == 1 and half >= SPLIT_ROWS:
+        # two halves as a batch of two: views of the same buffers
+        attend(
+            packed.expand(2, -1, -1, -1),
+            keys[:, : 2 * half].unflatten(1, (2, half)).transpose(0, 1),
+            values[:, : 2 * half].unflatten(1, (2, half)).transpose(0, 1),
+            None,
+        )
+        if seen > 2 * half:
+            attend(packed, keys[None, :, 2 * half : seen], values[None, :, 2 * half : seen], None)
+    elif seen:
+        attend(packed, keys[None, :, :seen], values[None, :, :seen], None)
+    if bias is not None:
+        attend(packed, keys[None, :, seen:], values[None, :, seen:], bias.repeat(heads // kv_heads, 1))
+    if len(outs) == 1 and outs[0].shape[0] == 1:
+        return outs[0].reshape(heads, n, -1)
+    weights = torch.softmax(torch.cat(sums), dim=0)
+    return (torch.cat(outs) * weights[..., None]).sum(0).reshape(heads, n, -1)
+
+
 def _sdpa_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """The same by torch's kernel; without a mask the grouped heads are packed as rows, which every kernel takes."""
+    """torch's dispatcher, for other devices and shapes."""
     heads, n, size = query.shape
-    kv_heads = keys.shape[0]
+    kv_heads, rows, _ = keys.shape
     if bias is None:
         packed = query.reshape(1, kv_heads, -1, size)
         out = functional.scaled_dot_product_attention(packed, keys[None], values[None], scale=scaling)
         return out.reshape(heads, n, -1)
+    mask = functional.pad(bias, (rows - n, 0))
     return functional.scaled_dot_product_attention(
-        query[None], keys[None], values[None], attn_mask=bias, scale=scaling, enable_gqa=heads != kv_heads
+        query[None], keys[None], values[None], attn_mask=mask, scale=scaling, enable_gqa=heads != kv_heads
     )[0]
+
+
+def _kernel(query: torch.Tensor, value: torch.Tensor) -> Kernel:
+    """The kernel for this device and dtype, by measurement (docs/methods.md has the figures)."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return _matmul_attention
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        return _flash_attention
+    return _sdpa_attention
 
 
 def attention(
@@ -135,8 +191,7 @@ def attention(
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2), None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    # sdpa's CPU kernel is the slow part in bf16 and the fast one in fp32 (measured; see docs/methods.md)
-    kernel = _matmul_attention if query.device.type == "cpu" and query.dtype == torch.bfloat16 else _sdpa_attention
+    kernel = _kernel(query, value)
     outs: list[torch.Tensor] = []
     at = 0
     for piece in plan:
@@ -144,7 +199,7 @@ def attention(
         piece.cache.write(layer, piece.row, key[0, :, at : at + n], value[0, :, at : at + n])
         keys = _visible_rows(piece.cache.keys[layer], piece)
         values = _visible_rows(piece.cache.values[layer], piece)
-        bias = piece.bias(keys.shape[1] - n, query.dtype, query.device)
+        bias = piece.bias(query.dtype, query.device)
         outs.append(kernel(query[0, :, at : at + n], keys, values, bias, scale))
         at += n
     return torch.cat(outs, dim=1).transpose(0, 1)[None], None

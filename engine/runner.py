@@ -7,6 +7,7 @@ import torch
 
 from longstride.engine.attention import IMPLEMENTATION, Slice
 from longstride.engine.cache import CacheLayout, LayerShape
+from longstride.engine.fuse import fuse
 from longstride.errors import ModelError
 
 
@@ -20,6 +21,7 @@ class ModelRunner:
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         refuse_untruncatable(model.config)
+        fuse(model)
         try:
             self.model.set_attn_implementation(IMPLEMENTATION)
         except (ValueError, KeyError, AttributeError) as error:

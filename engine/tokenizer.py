@@ -102,8 +102,8 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._stops = [stop for stop in stops if stop]
         self._ids: list[int] = []
-        self._start = 0  # ids before this are emitted and no longer needed for decoding
-        self._decoded = ""  # text of ids from `_start` on that was taken into `_held`
+        self._start = 0  # decoding begins here: one emission back, so that spaces between tokens come out right
+        self._read = 0  # ids before this are taken into `_held`
         self._held = ""
         self.stopped = False
 
@@ -112,25 +112,25 @@ class StreamDecoder:
         if self.stopped:
             return ""
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._start < 64:
-            return ""  # the rest of the character comes with the next token
-        self._held += text[len(self._decoded) :]
-        self._decoded = text
-        if len(self._ids) - self._start > 64:
-            # decode from a token's distance back, so that spaces between tokens come out as in the whole
-            self._start = len(self._ids) - 8
-            self._decoded = self._tokenizer.decode(self._ids[self._start :])
-        return self._release(final=False)
+        return self._release(final=False) if self._take(final=False) else ""
 
     def flush(self) -> str:
         """What is still held back, at the end of the answer."""
         if self.stopped:
             return ""
-        text = self._tokenizer.decode(self._ids[self._start :])
-        self._held += text[len(self._decoded) :].rstrip(REPLACEMENT)
-        self._decoded = text
+        self._take(final=True)
         return self._release(final=True)
+
+    def _take(self, *, final: bool) -> bool:
+        """Move the text of new ids into `_held`, if it ends with a whole character (no character has 16 tokens)."""
+        before = self._tokenizer.decode(self._ids[self._start : self._read])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        whole = not text.endswith(REPLACEMENT) or len(self._ids) - self._read > 16
+        if not whole and not final:
+            return False
+        self._held += text[len(before) :] if whole else text[len(before) :].rstrip(REPLACEMENT)
+        self._start, self._read = self._read, len(self._ids)
+        return True
 
     def _release(self, *, final: bool) -> str:
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]

@@ -157,15 +157,19 @@ class Session:
                     f"{self.sequence.context.limit} of its context ({self.headroom} kept for answers); read less, or "
                     "slide the window with --window sinks (what leaves it stays retrievable)"
                 )
-            step = min(self.core.device.budget_tokens, notes_every or self.core.device.budget_tokens)
-            for at in range(0, len(ids), step):
-                chunk = ids[at : at + step]
+            at = 0
+            while at < len(ids):
+                size = self.core.device.budget_tokens
+                if notes_every is not None:
+                    size = min(size, notes_every - self.tokens % notes_every)
+                chunk = ids[at : at + size]
+                at += len(chunk)
                 report.slides += self._make_room(len(chunk) + self.headroom)
                 await self._read(chunk)
                 report.blocks += await self._save(chunk)
                 if progress is not None:
                     progress(len(chunk))
-                if notes_every is not None and self.tokens // notes_every > (self.tokens - len(chunk)) // notes_every:
+                if notes_every is not None and self.tokens % notes_every == 0:
                     report.notes.append(Note(self.tokens, await self._note()))
             report.encoded = self.sequence.computed - before
         report.seconds = time.perf_counter() - started

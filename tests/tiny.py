@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from longstride.engine.model import Model
 from longstride.engine.runner import ModelRunner
 from longstride.engine.tokenizer import Frame
 
@@ -29,7 +30,7 @@ CONFIGS = {
 def fresh_model(kind: str, **extra):
     """A tiny random causal LM in fp32, the same weights each time."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**CONFIGS[kind], **_COMMON, **extra})
+    config = AutoConfig.for_model(kind, **{**CONFIGS.get(kind, {}), **_COMMON, **extra})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,3 +75,9 @@ class ByteTokenizer:
 
     def frame(self, system: str) -> Frame:
         return Frame((256, *self.encode(system[:8]), 258), (259,), (260,))
+
+
+@cache
+def tiny_assistant_model(kind: str = "llama") -> Model:
+    """A tiny model as `Assistant.open(model=...)` takes it."""
+    return Model(f"tiny-{kind}", tiny_model(kind)[1], ByteTokenizer(), f"fingerprint of {kind}", "bytes")

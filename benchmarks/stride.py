@@ -1,0 +1,207 @@
+"""The re-retrieval loop: our placements against prepending, as people run it and in our own engine.
+
+Every system does the same work on the same real text: at each stride it searches with the last 32 tokens, puts the
+passage found into its context and computes the next `--stride` tokens one by one. Tokens are forced to the text's own
+continuation, so that all systems see the same queries and passages. Systems take turns stride by stride, so that a
+busy machine slows them alike.
+"""
+
+import argparse
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.common import Row, report
+from longstride.engine.context import Context, Placement
+from longstride.engine.model import Model, choose_device, choose_dtype, load_model
+from longstride.engine.pieces import MemoryPieces
+from longstride.engine.sequence import Sequence
+from longstride.scheduler.index import PassageIndex, scores
+
+QUERY, REFRESH, PROMPT = 32, 16, 16
+
+
+class Corpus:
+    """The text, and the passages found in it; the passage in place is never found again at once, so every stride
+    has to rewrite."""
+
+    def __init__(self, model: Model, text: str, passage: int) -> None:
+        self.model = model
+        self.ids = model.tokenizer.encode(text)
+        self.passages = [self.ids[at : at + passage] for at in range(0, len(self.ids) - passage, passage)]
+        self.index = PassageIndex()
+        self.index.add([model.tokenizer.decode(p) for p in self.passages])
+        self.index.merge()
+
+    def search(self, at: int, not_this: int) -> int:
+        """Number of the best passage for the text before token `at`, other than `not_this`."""
+        query = self.model.tokenizer.decode(self.ids[at - QUERY : at])
+        values = scores([self.index], query)[0]
+        if not_this >= 0:
+            values[not_this] = -1
+        return int(values.argmax())
+
+
+class System(Protocol):
+    """A way to run the loop."""
+
+    def start(self, length: int) -> None:
+        """Read `length` tokens of the text."""
+
+    def stride(self, tokens: int) -> int:
+        """One stride; returns the tokens encoded besides the decoded ones."""
+
+
+class Transformers:
+    """In-Context RALM as people run it: the passage in front, everything encoded anew, DynamicCache, sdpa."""
+
+    def __init__(self, corpus: Corpus, model: Any) -> None:
+        self.corpus, self.model = corpus, model
+
+    def start(self, length: int) -> None:
+        self.at, self.length, self.found = length, length, -1
+
+    @torch.inference_mode()
+    def stride(self, tokens: int) -> int:
+        from transformers import DynamicCache
+
+        self.found = self.corpus.search(self.at, self.found)
+        cache = DynamicCache(config=self.model.config)
+        ids = [*self.corpus.passages[self.found], *self.corpus.ids[: self.at]]
+        encoded = len(ids)
+        for _ in range(tokens):
+            out = self.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out.logits[0, -1].argmax().item()
+            ids = [self.corpus.ids[self.at]]
+            self.at += 1
+        return encoded
+
+
+class OwnPrepend:
+    """Prepending in our own engine: the same kernels, nothing reused."""
+
+    def __init__(self, corpus: Corpus, model: Model) -> None:
+        self.corpus, self.model = corpus, model
+
+    def start(self, length: int) -> None:
+        self.at, self.found = length, -1
+
+    def stride(self, tokens: int) -> int:
+        runner = self.model.runner
+        self.found = self.corpus.search(self.at, self.found)
+        ids = [*self.corpus.passages[self.found], *self.corpus.ids[: self.at]]
+        context = Context(ids, placement=Placement.END, limit=runner.max_positions, reserved=0)
+        sequence = Sequence(runner, context, max_rows=runner.max_positions)
+        for _ in range(tokens):
+            decode(sequence, self.model, self.corpus.ids[self.at])
+            self.at += 1
+        return len(ids)
+
+
+class Ours:
+    """Our loop. `seen`: passages' rows are in the store already, as for passages seen before."""
+
+    def __init__(self, corpus: Corpus, model: Model, placement: Placement, passage: int, *, seen: bool) -> None:
+        self.corpus, self.model, self.placement, self.passage = corpus, model, placement, passage
+        self.seen = seen
+        self.store = MemoryPieces(model.fingerprint, 4 << 30)
+
+    def start(self, length: int) -> None:
+        runner, corpus = self.model.runner, self.corpus
+        context = Context(
+            corpus.ids[:PROMPT], placement=self.placement, limit=runner.max_positions, reserved=self.passage,
+            refresh=REFRESH,
+        )  # fmt: skip
+        store = self.store if self.seen else MemoryPieces(self.model.fingerprint, 0)
+        self.sequence = Sequence(runner, context, max_rows=runner.max_positions + self.passage, store=store)
+        context.append(corpus.ids[PROMPT:length])
+        self.sequence.run(runner)
+        if self.seen:
+            for piece in corpus.passages:
+                if self.store.get(context.text[: context.sink], piece, context.sink) is None:
+                    self.sequence.rewrite([piece])
+                    self.sequence.run(runner)
+            self.sequence.rewrite([])
+            self.sequence.run(runner)
+        self.at, self.found = length, -1
+
+    def stride(self, tokens: int) -> int:
+        self.found = self.corpus.search(self.at, self.found)
+        self.sequence.rewrite([self.corpus.passages[self.found]])
+        before = self.sequence.computed
+        for n in range(tokens):
+            decode(self.sequence, self.model, self.corpus.ids[self.at])
+            if n == 0:
+                encoded = self.sequence.computed - before
+            self.at += 1
+        return encoded
+
+
+def decode(sequence: Sequence, model: Model, forced: int) -> None:
+    """Compute what is due, choose the next token, go on with the forced one."""
+    logits = sequence.run(model.runner)
+    if logits is None:
+        raise RuntimeError("nothing was due")
+    logits[-1].argmax().item()
+    sequence.context.append([forced])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", default="512,2048,3968", help="tokens read before the first stride")
+    parser.add_argument("--stride", type=int, default=16)
+    parser.add_argument("--passage", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5, help="strides of each system and length that are measured")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", type=Path, help="a text file; the shipped chapters when not given")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    from transformers import AutoModelForCausalLM
+
+    from longstride.engine.embedded import embedded_folder
+
+    model = load_model(options.model)
+    folder = embedded_folder() if options.model == "smollm2" else options.model
+    device = choose_device("auto")
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=choose_dtype("auto", device)).to(device).eval()
+    shipped = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt")
+    corpus = Corpus(model, options.text.read_text() if options.text else shipped.read_text(), options.passage)
+    systems: dict[str, System] = {
+        "transformers-prepend": Transformers(corpus, peer),
+        "own-prepend": OwnPrepend(corpus, model),
+        "end": Ours(corpus, model, Placement.END, options.passage, seen=False),
+        "beside": Ours(corpus, model, Placement.BESIDE, options.passage, seen=True),
+        "beside-new": Ours(corpus, model, Placement.BESIDE, options.passage, seen=False),
+    }
+    rows: list[Row] = []
+    ratios: dict[str, float] = {}
+    for length in map(int, options.lengths.split(",")):
+        medians: dict[str, float] = {}
+        made = {name: Row(name, {"length": f"{length} tokens"}, "s a stride") for name in systems}
+        for system in systems.values():
+            system.start(length)
+            system.stride(options.stride)  # warm-up
+        encoded: dict[str, int] = {}
+        for _ in range(options.rounds):
+            for name, system in systems.items():
+                began = time.perf_counter()
+                encoded[name] = system.stride(options.stride)
+                made[name].runs.append(time.perf_counter() - began)
+        for name, row in made.items():
+            row.setting["encoded"] = encoded[name]
+            medians[name] = row.median
+        rows += made.values()
+        for peer_name in ("transformers-prepend", "own-prepend"):
+            for ours in ("end", "beside", "beside-new"):
+                ratios[f"{peer_name} @ {length} tokens, {ours}"] = medians[peer_name] / medians[ours]
+    extra = {"stride": options.stride, "passage": options.passage, "dtype": str(model.runner.dtype)}
+    report(rows, ratios, extra, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Every attention kernel against the definition."""
+
+import math
+
+import pytest
+import torch
+
+from longstride.engine import attention
+
+
+def by_definition(query, keys, values, bias, scaling):
+    """softmax(q k / scale + mask) v, head by head, in fp64."""
+    heads, n, _ = query.shape
+    group = heads // keys.shape[0]
+    out = []
+    for head in range(heads):
+        scores = query[head].double() @ keys[head // group].double().T * scaling
+        if bias is not None:
+            scores[:, -n:] += bias.double()
+        out.append(torch.softmax(scores, -1) @ values[head // group].double())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("kernel", [attention._matmul_attention, attention._flash_attention, attention._sdpa_attention])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (8, 1)])
+@pytest.mark.parametrize(("seen", "n"), [(0, 1), (7, 1), (1023, 1), (1024, 1), (0, 33), (700, 5), (64, 144)])
+def test_kernels_equal_the_definition(kernel, heads, kv_heads, seen, n):
+    torch.manual_seed(1)
+    query = torch.randn(heads, n, 32)
+    buffer_k, buffer_v = torch.randn(2, kv_heads, 2048, 32)
+    keys, values = buffer_k[:, : seen + n], buffer_v[:, : seen + n]  # views with the buffer's strides
+    bias = torch.zeros(n, n).masked_fill_(~torch.ones(n, n).tril().bool(), -math.inf) if n > 1 else None
+    ours = kernel(query, keys, values, bias, 0.2)
+    torch.testing.assert_close(ours.double(), by_definition(query, keys, values, bias, 0.2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seen", [5, 1200])
+def test_the_bf16_kernel_is_as_close_as_bf16_allows(seen):
+    torch.manual_seed(2)
+    query = torch.randn(9, 4, 32, dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 3, seen + 4, 32, dtype=torch.bfloat16)
+    ours = attention._matmul_attention(query, keys, values, None, 0.2)
+    torch.testing.assert_close(ours.double(), by_definition(query, keys, values, None, 0.2), atol=2e-2, rtol=2e-2)
