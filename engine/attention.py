@@ -121,8 +121,8 @@ def _flash_attention(
         # two halves as a batch of two: views of the same buffers
         attend(
             packed.expand(2, -1, -1, -1),
-            keys[:, : 2 * half].unflatten(1, (2, half)).transpose(0, 1),
-            values[:, : 2 * half].unflatten(1, (2, half)).transpose(0, 1),
+            torch.unflatten(keys[:, : 2 * half], 1, (2, half)).transpose(0, 1),
+            torch.unflatten(values[:, : 2 * half], 1, (2, half)).transpose(0, 1),
             None,
         )
         if seen > 2 * half:

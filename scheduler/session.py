@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from sqlite_utils import Database as Tables
+
 from longstride.engine.context import Context, Placement
 from longstride.engine.model import Model
 from longstride.engine.pieces import MemoryPieces
@@ -206,9 +208,12 @@ class Session:
         start, packed, window = self.tokens - len(chunk), array("I", chunk).tobytes(), self.window_start
         core = self.core
 
-        def change(tables: object) -> int:
-            core.sessions.append(tables, self.id, start, packed, passages, window)  # type: ignore[arg-type]
-            return core.blocks.put(tables, blocks)  # type: ignore[arg-type]
+        stale = self.snapshot.take_stale()
+
+        def change(tables: Tables) -> int:
+            core.sessions.append(tables, self.id, start, packed, passages, window)
+            core.blocks.drop(tables, stale)
+            return core.blocks.put(tables, blocks)
 
         try:
             stored = await core.sessions.database.awrite(change)

@@ -36,12 +36,12 @@ class SessionSettings(BaseModel):
     context_tokens: int | None = Field(None, ge=64, description="context length; the model's own when not set")
     system: str = Field(SYSTEM, description="the system message")
     max_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
-    temperature: float = Field(0.0, ge=0)
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.1, gt=0)
-    seed: int | None = None
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="sample among so many best tokens; 0 is all")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample among the best tokens of this probability together")
+    min_p: float = Field(0.0, ge=0, le=1, description="leave out tokens below this share of the best one's probability")
+    repetition_penalty: float = Field(1.1, gt=0, description="divides the scores of tokens of the turn; 1 is none")
+    seed: int | None = Field(None, description="makes sampling repeatable")
 
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
@@ -62,7 +62,7 @@ class Settings(SessionSettings, BaseSettings):
     db: Path = Field(Path("longstride.db"), description="the database file")
     model: str = Field("smollm2", description="smollm2, a folder, a GGUF file or a hub id")
     device: str = Field("auto", description="auto, cpu or cuda")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto, fp32, bf16 or fp16")
     budget_tokens: int = Field(512, ge=16, description="new tokens a forward at most")
     block_tokens: int = Field(64, ge=1, description="tokens a stored KV block")
     blocks_limit_bytes: int = Field(8 << 30, ge=0, description="bytes of stored KV at most")

@@ -34,10 +34,17 @@ class Snapshot:
         self.sequence = sequence
         self.block_tokens = block_tokens
         self._chain: list[bytes] = []  # ids of the blocks that were handed out or restored
+        self._stale: list[bytes] = []
 
     def reset(self) -> None:
         """The window slid: positions and ids are others now, and so are all blocks."""
+        self._stale += self._chain
         self._chain = []
+
+    def take_stale(self) -> list[bytes]:
+        """Blocks of windows that slid since the last call: no context of this session will need them again."""
+        stale, self._stale = self._stale, []
+        return stale
 
     def _describe(self, index: int) -> tuple[bytes, list[int], list[int]]:
         """(id, token ids, positions) of block `index`, given the chain before it."""

@@ -60,6 +60,8 @@ class Database:
             # each thread has its own connection; check_same_thread is off only so that close() can close them all
             connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             self._connections.append(connection)
+            # blocks are megabytes, and a large value is a chain of pages; decides only how a new file is laid out
+            connection.execute("PRAGMA page_size=16384")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("PRAGMA foreign_keys=ON")

@@ -1,0 +1,59 @@
+"""Coming back: restoring a session from its stored blocks against reading its text again."""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from benchmarks.common import Row, report
+from longstride.engine.model import Model, load_model
+from longstride.scheduler.assistant import Assistant
+
+
+async def measure(model: Model, ids: list[int], rounds: int, database: Path) -> tuple[Row, Row]:
+    """(reading the text, restoring the session), in turns."""
+    setting = {"length": f"{len(ids)} tokens"}
+    reading, restoring = Row("re-read", dict(setting), "s"), Row("restore", dict(setting), "s")
+    async with Assistant.open(database, model=model) as assistant:
+        await (await assistant.session("kept")).feed_ids(ids)
+    for number in range(rounds):
+        async with Assistant.open(database, model=model, blocks_limit_bytes=0) as assistant:
+            session = await assistant.session(f"read again {number}")
+            began = time.perf_counter()
+            await session.feed_ids(ids)
+            reading.runs.append(time.perf_counter() - began)
+        async with Assistant.open(database, model=model) as assistant:
+            began = time.perf_counter()
+            session = await assistant.session("kept")
+            restoring.runs.append(time.perf_counter() - began)
+            if session.resumed is None or session.resumed.tokens - session.resumed.restored >= 64:
+                raise RuntimeError(f"the session was not restored: {session.resumed}")
+            restoring.setting["restored"] = session.resumed.restored
+    return reading, restoring
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", default="1000,4000", help="tokens read")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model = load_model(options.model)
+    text = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt").read_text(encoding="utf-8")
+    ids = model.tokenizer.encode(text)
+    rows: list[Row] = []
+    ratios: dict[str, float] = {}
+    for length in map(int, options.lengths.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            reading, restoring = asyncio.run(measure(model, ids[:length], options.rounds, Path(folder) / "b.db"))
+        rows += [reading, restoring]
+        ratios[f"re-read @ {length} tokens"] = reading.median / restoring.median
+    report(rows, ratios, {"dtype": str(model.runner.dtype)}, options.json)
+
+
+if __name__ == "__main__":
+    main()

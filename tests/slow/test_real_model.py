@@ -1,0 +1,183 @@
+"""The embedded model: exactness, restart after kill -9, the demo, and what people see."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+from longstride.engine.context import Context, Placement
+from longstride.engine.embedded import embedded_folder
+from longstride.engine.model import load_model
+from longstride.engine.sequence import Sequence
+from tests.tiny import reference_logits
+
+pytestmark = pytest.mark.real_model
+CHAPTERS = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt").read_text(encoding="utf-8")
+ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(dtype="fp32")
+
+
+def run(*arguments, check=True, **options):
+    """Run the command line; returns the finished process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "longstride.cli.main", *map(str, arguments)],
+        capture_output=True, text=True, env=ENVIRONMENT, check=False, **options,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("placement", list(Placement))
+def test_logits_equal_transformers(model, placement):
+    """A text, a segment of two passages, a rewrite: against transformers' eager attention over the same rows."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(
+        embedded_folder(), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = model.tokenizer.encode(CHAPTERS)
+    text, passages = ids[:300], [ids[1000:1040], ids[2000:2064]]
+    context = Context(text[:12], placement=placement, limit=1024, reserved=128)
+    sequence = Sequence(model.runner, context, max_rows=1300)
+    context.append(text[12:200])
+    sequence.run(model.runner)
+    context.begin_turn()
+    context.append(text[200:250])
+    sequence.rewrite([passages[1]])
+    sequence.run(model.runner)
+    context.append(text[250:])
+    sequence.rewrite(passages)
+    ours = sequence.run(model.runner)
+    rows = [(i, p) for part in context.parts() for i, p in zip(part.ids, range(part.position, 9999), strict=False)]
+    visible = torch.ones(len(rows), len(rows)).tril().bool()
+    for part in context.parts():
+        if part.visible is not None:
+            visible[part.row : part.stop, : part.row] = False
+            for start, stop in part.visible:
+                visible[part.row : part.stop, start:stop] = True
+    expected = reference_logits(plain, [i for i, _ in rows], [p for _, p in rows], visible)[-1:]
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-4)
+    assert ours.argmax() == expected.argmax()
+
+
+READER = """
+    import asyncio, sys
+    from longstride import Assistant
+
+    async def main(db, path):
+        async with Assistant.open(db, dtype="fp32", max_tokens=24) as assistant:
+            session = await assistant.session("book", policy="never")
+            ids = assistant.model.tokenizer.encode(open(path).read())[:4000]
+            await session.feed_ids(ids)
+            answer = await session.answer("What is the bottle's label?")
+            print(repr(answer.text), flush=True)
+            async for _ in session.ask("And what comes next?", max_tokens=200):
+                print("generating", flush=True)
+
+    asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def read_answer_and_be_killed(tmp_path):
+    """Read 4,000 tokens in another process, answer, and kill -9 it in the middle of the next answer."""
+    book = tmp_path / "book.txt"
+    book.write_text(CHAPTERS)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(READER), str(tmp_path / "t.db"), str(book)],
+        stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    answer = reader.stdout.readline().strip()
+    assert reader.stdout.readline().strip() == "generating"
+    reader.send_signal(signal.SIGKILL)
+    reader.stdout.close()
+    assert reader.wait() == -signal.SIGKILL
+    return answer
+
+
+async def test_kill_9_loses_nothing_and_the_answer_is_the_same(model, tmp_path):
+    """4,000 tokens are read, the process is killed in the middle of an answer; a new one goes on from the blocks."""
+    from longstride import Assistant
+
+    unbroken = read_answer_and_be_killed(tmp_path)
+    async with Assistant.open(tmp_path / "t.db", model=model, max_tokens=24) as assistant:
+        session = await assistant.session("book", create=False)
+        assert session.tokens == 4000
+        assert session.resumed.problems == ()
+        context = session.sequence.context.rows
+        assert context == 4000 + len(session.frame.prompt)
+        assert session.resumed.restored == context // 64 * 64
+        answer = await session.answer("What is the bottle's label?")
+        question = len(assistant.model.tokenizer.encode("\n\nWhat is the bottle's label?")) + len(session.frame.answer)
+        assert answer.usage.encoded == context % 64 + question  # the open block and the question, nothing else
+        assert repr(answer.text) == unbroken
+
+
+def test_the_demo_resumes_on_its_second_run(tmp_path):
+    first = run("demo", "--db", tmp_path / "demo.db").stdout
+    assert "Read 5,990 tokens" in first
+    assert first.count("passage demo:") >= 2  # sources
+    assert "tokens reused" in first
+    second = run("demo", "--db", tmp_path / "demo.db").stdout
+    assert "Resumed the session of an earlier run: 5,990 tokens" in second
+    assert "were not recomputed" in second
+
+    def answers(output):
+        return [line for line in output.splitlines() if line and not line.startswith((" ", "Read", "Resumed", "Run"))]
+
+    assert answers(first) == answers(second)
+
+
+def test_a_day_with_the_command_line(tmp_path):
+    """Read from standard input, ask as JSON, add documents, summarize, verify, remove."""
+    db = tmp_path / "day.db"
+    story = "The gardener planted a blue rose behind the chapel. " * 3 + "Then it rained for a week.\n"
+    done = run("read", "-", "--session", "s", "--db", db, "--json", input=story)
+    assert json.loads(done.stdout)["read"] > 20
+    facts = tmp_path / "facts.md"
+    facts.write_text("# Zeppelins\n\nThe zeppelin Aurora carries ninety sacks of mail to Lisbon.\n")
+    (tmp_path / "empty.txt").touch()
+    added = run("docs", "add", facts, tmp_path / "empty.txt", "--db", db, check=False)
+    assert added.returncode == 1
+    assert "empty.txt: the file is empty" in added.stderr
+    answer = json.loads(
+        run(
+            "ask", "--session", "s", "What does the zeppelin Aurora carry?", "--db", db, "--json", "--max-tokens", 24
+        ).stdout
+    )
+    assert answer["sources"][0]["document"] == "facts.md"
+    assert "mail" in answer["text"]
+    usage = answer["usage"]
+    assert usage["generated"] <= 24
+    summary = run("summarize", facts, "--db", db, "--part-tokens", 64).stdout
+    assert summary.startswith("# facts.md")
+    assert "## Sources" in summary
+    assert "everything is sound" in run("sessions", "verify", "--db", db).stdout
+    run("sessions", "remove", "s", "--db", db)
+    assert run("sessions", "show", "s", "--db", db, check=False).returncode == 2
+
+
+def test_shared_books_can_be_asked_about_their_beginning(tmp_path):
+    """A book's first 12,000 tokens through a short window: a question about its beginning brings its beginning."""
+    shared = Path(__file__).parents[3] / "shared" / "data" / "books" / "pg84_frankenstein.txt"
+    text = shared.read_text()[:24_000] if shared.is_file() else CHAPTERS
+    question = (
+        "To whom does Walton write from St. Petersburgh?" if shared.is_file() else "Where was the White Rabbit's watch?"
+    )
+    book = tmp_path / "book.txt"
+    book.write_text(text)
+    db = tmp_path / "b.db"
+    run("read", book, "--session", "b", "--db", db, "--window", "sinks", "--context-tokens", 2048)
+    answer = json.loads(run("ask", "-s", "b", question, "--db", db, "--json", "--max-tokens", 8).stdout)
+    assert any(source["stop"] < len(text) // 3 for source in answer["sources"])
