@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from prompt_toolkit import PromptSession
@@ -19,9 +19,11 @@ from longstride.cli import common as c
 from longstride.engine.embedded import cache_folder
 from longstride.errors import BadInput, LongstrideError
 from longstride.scheduler.answer import Answer
-from longstride.scheduler.assistant import Assistant
 from longstride.scheduler.convert import text_of
-from longstride.scheduler.session import Session
+
+if TYPE_CHECKING:
+    from longstride.scheduler.assistant import Assistant
+    from longstride.scheduler.session import Session
 
 HELP = """\
 Type a question, or text to ask about. Alt-Enter (or Esc, then Enter) starts a new line; Ctrl-C stops the answer only;
@@ -42,7 +44,7 @@ Ctrl-D leaves. The conversation is remembered in the session.
 class Repl:
     """One conversation: reads lines, runs commands, streams answers."""
 
-    def __init__(self, assistant: Assistant, session: Session) -> None:
+    def __init__(self, assistant: "Assistant", session: "Session") -> None:
         self.assistant = assistant
         self.session = session
         self.last: Answer | None = None

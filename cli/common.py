@@ -5,16 +5,18 @@ import json
 import sys
 from collections.abc import Coroutine, Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from longstride.scheduler.answer import Answer, Source
-from longstride.scheduler.assistant import Assistant
-from longstride.scheduler.retriever import Passage
-from longstride.scheduler.session import Session
+
+if TYPE_CHECKING:  # torch takes seconds to import, and many commands need none
+    from longstride.scheduler.assistant import Assistant
+    from longstride.scheduler.retriever import Passage
+    from longstride.scheduler.session import Session
 
 T = TypeVar("T")
 
@@ -89,10 +91,12 @@ class Opened:
     """`async with Opened(...) as assistant`: an assistant, with the bar for its model's first conversion."""
 
     def __init__(self, **options: Any) -> None:
+        from longstride.scheduler.assistant import Assistant
+
         self._loading = Loading()
         self._assistant = Assistant.open(progress=self._loading, **given(**options))
 
-    async def __aenter__(self) -> Assistant:
+    async def __aenter__(self) -> "Assistant":
         try:
             return await self._assistant.__aenter__()
         finally:
@@ -121,7 +125,7 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def report_resume(session: Session) -> None:
+def report_resume(session: "Session") -> None:
     """Say what a resumed session did not have to compute again, and what was wrong."""
     back = session.resumed
     if back is None:
@@ -135,10 +139,10 @@ def report_resume(session: Session) -> None:
         err.print(f"warning: {problem}", style="yellow")
 
 
-def print_sources(sources: Iterable[Source | Passage]) -> None:
+def print_sources(sources: "Iterable[Source | Passage]") -> None:
     """Sources, a line each with the beginning of the passage."""
     for number, source in enumerate(sources, 1):
-        passage = source.id if isinstance(source, Passage) else source.passage
+        passage = source.passage if isinstance(source, Source) else source.id
         out.print(
             f"  [{number}] {source.document}, characters {source.start:,}-{source.stop:,} "
             f"(score {source.score:.2f}, passage {passage})",
@@ -158,7 +162,7 @@ def print_usage(answer: Answer) -> None:
     )
 
 
-async def stream_answer(session: Session, question: str, **changes: Any) -> Answer:
+async def stream_answer(session: "Session", question: str, **changes: Any) -> Answer:
     """Print an answer as it comes; returns it."""
     answer: Answer | None = None
     async for piece in session.ask(question, **changes):

@@ -2,18 +2,19 @@
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from longstride.cli import common as c
 from longstride.errors import BadInput
-from longstride.scheduler.assistant import Assistant
 from longstride.scheduler.convert import text_of
-from longstride.scheduler.retriever import Retriever
 from longstride.scheduler.settings import load_settings
 from longstride.storage.database import Database
 from longstride.storage.documents import Documents
+
+if TYPE_CHECKING:
+    from longstride.scheduler.assistant import Assistant
 
 app = typer.Typer(help="Add, list, search and remove the documents that retrieval draws on.", no_args_is_help=True)
 
@@ -38,7 +39,7 @@ def _database(db: Path | None) -> Database:
     return Database(load_settings(**c.given(db=db)).db)
 
 
-async def _add(assistant: Assistant, path: Path) -> tuple[str, str]:
+async def _add(assistant: "Assistant", path: Path) -> tuple[str, str]:
     """(what became of a file: added, known or failed; details)."""
     try:
         text = await asyncio.to_thread(text_of, path)
@@ -106,6 +107,8 @@ def search(
     json: c.Json = False,
 ) -> None:
     """Show the passages that retrieval would bring for QUERY."""
+    from longstride.scheduler.retriever import Retriever
+
     database = _database(db)
     found = c.run(Retriever(Documents(database)).search(query, count))
     database.close()

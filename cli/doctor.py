@@ -9,7 +9,6 @@ import typer
 
 from longstride.cli import common as c
 from longstride.engine.embedded import cache_folder, find_gguf, package_versions
-from longstride.engine.model import DTYPES, choose_device, choose_dtype
 from longstride.errors import LongstrideError
 from longstride.scheduler.settings import load_settings
 from longstride.storage.blocks import Blocks
@@ -19,6 +18,8 @@ from longstride.storage.database import Database
 def run(db: c.Db = None, json: c.Json = False) -> None:
     """What this machine has, which choices follow, and whether everything is sound."""
     import torch
+
+    from longstride.engine.model import DTYPES, choose_device, choose_dtype
 
     settings = load_settings(**c.given(db=db))
     device = choose_device(settings.device)

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import Progress, TaskID
@@ -14,7 +14,9 @@ from longstride.cli import common as c
 from longstride.errors import BadInput
 from longstride.scheduler.answer import ReadReport
 from longstride.scheduler.convert import text_of
-from longstride.scheduler.session import Session
+
+if TYPE_CHECKING:
+    from longstride.scheduler.session import Session
 
 PIECE_BYTES = 1 << 16
 
@@ -54,7 +56,7 @@ def texts(files: list[str]) -> Iterator[tuple[str, Iterator[str]]]:
 class Meter:
     """Feeds a session and moves the bar."""
 
-    def __init__(self, session: Session, bar: Progress, task: TaskID, notes_every: int | None) -> None:
+    def __init__(self, session: "Session", bar: Progress, task: TaskID, notes_every: int | None) -> None:
         self.session = session
         self.bar = bar
         self.task = task

@@ -8,7 +8,6 @@ import typer
 from longstride.cli import common as c
 from longstride.errors import BadInput
 from longstride.scheduler.convert import text_of
-from longstride.scheduler.summary import summarize
 
 
 def run(
@@ -27,6 +26,8 @@ def run(
         text = text_of(file)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
+
+    from longstride.scheduler.summary import summarize
 
     async def work() -> None:
         async with c.Opened(db=db, model=model, device=device, dtype=dtype) as assistant:

@@ -11,15 +11,11 @@ OnPut = Callable[[bytes, Sequence[int], int, torch.Tensor], None]
 
 
 class MemoryPieces:
-    """A `PieceStore` in memory, shared by all sequences of one model (equal sinks share rows; nothing else can).
+    """A `PieceStore` in memory, shared by all sequences of one model (equal sinks share rows; nothing else can)."""
 
-    `on_put(id, piece, position, rows)` is told of each fresh passage, so that a slower store can keep it too.
-    """
-
-    def __init__(self, fingerprint: str, limit_bytes: int, on_put: OnPut | None = None) -> None:
+    def __init__(self, fingerprint: str, limit_bytes: int) -> None:
         self.fingerprint = fingerprint
         self.limit_bytes = limit_bytes
-        self.on_put = on_put
         self.bytes = 0
         self._rows: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
@@ -38,10 +34,7 @@ class MemoryPieces:
 
     def put(self, sink: Sequence[int], piece: Sequence[int], position: int, rows: torch.Tensor) -> None:
         """Keep `rows`, dropping the least recently used beyond the limit."""
-        key = self.key(sink, piece, position)
-        self.insert(key, rows)
-        if self.on_put is not None:
-            self.on_put(key, piece, position, rows)
+        self.insert(self.key(sink, piece, position), rows)
 
     def insert(self, key: bytes, rows: torch.Tensor) -> None:
         """Keep rows under a key computed before (they came from a slower store)."""
@@ -57,3 +50,21 @@ class MemoryPieces:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._rows
+
+
+class SessionPieces:
+    """One sequence's view of the shared pieces; `on_put(id, piece, position, rows)` is told of each that it encoded, so
+    that a slower store can keep it as well and knows whose it is."""
+
+    def __init__(self, shared: MemoryPieces, on_put: OnPut) -> None:
+        self.shared = shared
+        self.on_put = on_put
+
+    def get(self, sink: Sequence[int], piece: Sequence[int], position: int) -> torch.Tensor | None:
+        """Rows of `piece`, or None."""
+        return self.shared.get(sink, piece, position)
+
+    def put(self, sink: Sequence[int], piece: Sequence[int], position: int, rows: torch.Tensor) -> None:
+        """Keep `rows`."""
+        self.shared.put(sink, piece, position, rows)
+        self.on_put(self.shared.key(sink, piece, position), piece, position, rows)

@@ -1,16 +1,11 @@
 """`Assistant`: a database, a model, a device; opens sessions and keeps documents."""
 
 import asyncio
-import logging
 import sqlite3
 from array import array
-from collections.abc import Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-import torch
 
 from longstride.engine.embedded import Progress, silent
 from longstride.engine.identity import pack_ids, unpack_ids
@@ -22,13 +17,10 @@ from longstride.scheduler.passages import split_text
 from longstride.scheduler.retriever import Passage, Retriever
 from longstride.scheduler.session import Core, Session
 from longstride.scheduler.settings import SessionSettings, Settings, changed, load_settings
-from longstride.scheduler.snapshot import to_bytes
-from longstride.storage.blocks import Block, Blocks
+from longstride.storage.blocks import Blocks
 from longstride.storage.database import Database
 from longstride.storage.documents import Documents
 from longstride.storage.sessions import Sessions, StoredSession
-
-log = logging.getLogger("longstride")
 
 
 class Assistant:
@@ -73,7 +65,7 @@ class Assistant:
         self.blocks = Blocks(self.database, settings.blocks_limit_bytes)
         self.retriever = Retriever(self.documents)
         self.device = Device(self.model.runner, budget_tokens=settings.budget_tokens)
-        self.pieces = MemoryPieces(self.model.fingerprint, settings.pieces_limit_bytes, self._keep_piece)
+        self.pieces = MemoryPieces(self.model.fingerprint, settings.pieces_limit_bytes)
         self.core = Core(
             self.model,
             self.device,
@@ -101,12 +93,6 @@ class Assistant:
         await asyncio.to_thread(self.device.close)
         await asyncio.to_thread(self.database.close)
         self._open.clear()
-
-    def _keep_piece(self, key: bytes, piece: Sequence[int], position: int, rows: torch.Tensor) -> None:
-        """Store a freshly encoded passage's rows, so that no later process encodes it again."""
-        positions = range(position, position + len(piece))
-        block = Block(key, self.model.fingerprint, pack_ids(piece), pack_ids(positions), to_bytes(rows))
-        self.database.submit(lambda tables: self.blocks.put(tables, [block])).add_done_callback(_report)
 
     # --- sessions ---
 
@@ -163,7 +149,7 @@ class Assistant:
         return session
 
     async def remove_session(self, name: str) -> None:
-        """Delete a session with all its text, and every stored block of KV that no other session's text needs."""
+        """Delete a session with all its text, and the stored KV that no other session holds."""
         stored = await asyncio.to_thread(self.sessions.get, name)
         self._open.pop(name, None)
         await self.database.awrite(lambda tables: self.sessions.remove(tables, stored.id))
@@ -189,9 +175,3 @@ class Assistant:
     async def search(self, query: str, count: int = 5) -> list[Passage]:
         """The best passages of the documents for `query`."""
         return await self.retriever.search(query, count)
-
-
-def _report(done: "Future[int]") -> None:
-    error = done.exception()
-    if error is not None:
-        log.warning("a passage's rows could not be stored and will be computed again: %s", error)

@@ -1,11 +1,19 @@
 """Files to plain text. A file that cannot be read raises `BadInput` with the reason; it never stops the others."""
 
 import codecs
+import logging
+import re
+import warnings
 from pathlib import Path
 
 from longstride.errors import BadInput
 
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+# elements that stand on lines of their own; all others run on
+_BLOCKS = re.compile(
+    "^(?:address|article|aside|blockquote|br|caption|dd|details|div|dl|dt|fieldset|figcaption|figure|footer|form|h[1-6]|header|"
+    "hr|legend|li|main|nav|ol|option|p|pre|section|summary|table|tbody|td|tfoot|th|thead|title|tr|ul)$"
+)
 
 
 def text_of(path: Path) -> str:
@@ -50,13 +58,21 @@ def decode(data: bytes) -> str:
 
 def _html(data: bytes) -> str:
     try:
-        from bs4 import BeautifulSoup
+        from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning
+        from bs4.dammit import EncodingDetector
     except ImportError as error:
         raise BadInput('HTML needs an extra: pip install "longstride[documents]"') from error
-    page = BeautifulSoup(data, "html.parser")
+    declared = EncodingDetector.find_declared_encoding(data, is_html=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)  # a page may be no more than an address
+        if declared and b"\x00" not in data:
+            page = BeautifulSoup(data, "html.parser", from_encoding=declared)
+        else:
+            page = BeautifulSoup(decode(data), "html.parser")
     for hidden in page(["script", "style", "noscript", "template"]):
         hidden.decompose()
-    for block in page(["p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "br", "section", "article"]):
+    for block in page(_BLOCKS):
+        block.insert_before("\n")
         block.insert_after("\n")
     lines = (" ".join(line.split()) for line in page.get_text().splitlines())
     return "\n".join(line for line in lines if line)
@@ -65,16 +81,30 @@ def _html(data: bytes) -> str:
 def _pdf(path: Path) -> str:
     try:
         from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
+        from pypdf.errors import DependencyError, PyPdfError
     except ImportError as error:
         raise BadInput('PDF needs an extra: pip install "longstride[documents]"') from error
+    # pypdf logs what it stumbles over; what matters of it becomes the reason below
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     try:
         reader = PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
             raise BadInput("is an encrypted PDF; save it without a password first")
         pages = [page.extract_text() for page in reader.pages]
+    except DependencyError as error:
+        raise BadInput(f"is an encrypted PDF; save it without a password first ({error})") from error
     # a damaged PDF makes the parser fail in many ways; each is this file's fault alone and becomes its reason
-    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError) as error:
+    except (
+        PyPdfError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        NotImplementedError,
+        OSError,
+    ) as error:
         raise BadInput(f"is a damaged PDF: {type(error).__name__}: {error}") from error
     text = "\n\n".join(pages)
     if not text.strip():

@@ -15,7 +15,8 @@ def split_text(text: str, tokenizer: Tokenizer, limit: int) -> list[tuple[int, i
     start = stop = tokens = 0
     for a, b in _pieces(text, tokenizer, limit):
         size = len(tokenizer.encode(text[a:b]))
-        if tokens and tokens + size > limit:
+        # blanks at a passage's end are trimmed, so they do not count against it
+        if tokens and tokens + size > limit and tokens + len(tokenizer.encode(text[a:b].rstrip())) > limit:
             spans.append((start, stop))
             tokens = 0
         if not tokens:
@@ -46,13 +47,13 @@ def _halves(text: str, start: int, stop: int, tokenizer: Tokenizer, limit: int) 
     if (
         stop - start <= limit // 4
         or stop - start == 1
-        or (stop - start <= 64 * limit and len(tokenizer.encode(text[start:stop])) <= limit)
+        or (stop - start <= 64 * limit and len(tokenizer.encode(text[start:stop].rstrip())) <= limit)
     ):
         yield start, stop
         return
     middle = (start + stop) // 2
-    space = text.rfind(" ", start + 1, middle)
-    cut = space + 1 if space > start + (stop - start) // 4 else middle
+    spaces = [at + 1 for at in (text.rfind(" ", start, middle), text.find(" ", middle, stop - 1)) if at >= 0]
+    cut = min(spaces, key=lambda at: abs(at - middle), default=middle)
     yield from _halves(text, start, cut, tokenizer, limit)
     yield from _halves(text, cut, stop, tokenizer, limit)
 

@@ -1,17 +1,22 @@
 """`Session`: one stream. Reads on, answers with sources, comes back after a restart."""
 
 import asyncio
+import logging
 import time
 from array import array
 from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Ids
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import torch
 from sqlite_utils import Database as Tables
 
 from longstride.engine.context import Context, Placement
+from longstride.engine.identity import pack_ids
 from longstride.engine.model import Model
-from longstride.engine.pieces import MemoryPieces
+from longstride.engine.pieces import MemoryPieces, SessionPieces
 from longstride.engine.sequence import Sequence
 from longstride.errors import BadInput, ContextFull, StorageError
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
@@ -19,11 +24,12 @@ from longstride.scheduler.device import Device
 from longstride.scheduler.passages import StreamSplitter
 from longstride.scheduler.retriever import Retriever, StreamIndex
 from longstride.scheduler.settings import SessionSettings, changed
-from longstride.scheduler.snapshot import Snapshot
+from longstride.scheduler.snapshot import Snapshot, to_bytes
 from longstride.scheduler.turn import Turn
-from longstride.storage.blocks import Blocks
+from longstride.storage.blocks import Block, Blocks
 from longstride.storage.sessions import Sessions, StoredSession, StreamPassage
 
+log = logging.getLogger("longstride")
 NOTE = "Note the main points of the last part of the text in one or two sentences."
 MARKS = ("\n[Retrieved passage]\n", "\n[End of the retrieved passage]\n")
 
@@ -39,6 +45,12 @@ class Core:
     blocks: Blocks
     pieces: MemoryPieces
     block_tokens: int
+
+
+def _report(stored: "Future[int]") -> None:
+    error = stored.exception()
+    if error is not None:
+        log.warning("a passage's rows could not be stored and will be computed again: %s", error)
 
 
 class Session:
@@ -80,7 +92,8 @@ class Session:
                 f"passages of {settings.passage_tokens} tokens leave no room for text in a context of {limit}; "
                 "shorten them (passage_tokens, passages) or take a longer context (context_tokens)"
             )
-        self.sequence = Sequence(core.model.runner, context, max_rows=limit + segment, store=core.pieces)
+        store = SessionPieces(core.pieces, self.keep_piece)
+        self.sequence = Sequence(core.model.runner, context, max_rows=limit + segment, store=store)
         self.snapshot = Snapshot(core.model, core.blocks, core.device, self.sequence, core.block_tokens)
         self.stream = array("I")
         self.window_start = 0
@@ -109,7 +122,7 @@ class Session:
             self.window_start = len(stream) - self._recent()
             visible = stream[self.window_start :].tolist()
         context.append(visible)
-        restored, problems = await self.snapshot.restore()
+        restored, problems = await self.snapshot.restore(self.id)
         spans = [(p.start, p.stop, p.first_char, p.last_char) for p in passages]
         if spans:
             self.splitter.start = spans[-1][1]
@@ -212,8 +225,8 @@ class Session:
 
         def change(tables: Tables) -> int:
             core.sessions.append(tables, self.id, start, packed, passages, window)
-            core.blocks.drop(tables, stale)
-            return core.blocks.put(tables, blocks)
+            core.blocks.release(tables, stale, self.id)
+            return core.blocks.put(tables, blocks, self.id)
 
         try:
             stored = await core.sessions.database.awrite(change)
@@ -308,6 +321,14 @@ class Session:
         if answer is None:
             raise RuntimeError("a note ended without its last piece")
         return answer
+
+    def keep_piece(self, key: bytes, piece: Ids[int], position: int, rows: torch.Tensor) -> None:
+        """Store a freshly encoded passage's rows, so that no later process encodes it again (on the device thread)."""
+        core = self.core
+        packed = pack_ids(piece), pack_ids(range(position, position + len(piece)))
+        block = Block(key, core.model.fingerprint, *packed, to_bytes(rows))
+        stored = core.sessions.database.submit(lambda tables: core.blocks.put(tables, [block], self.id))
+        stored.add_done_callback(_report)
 
     async def remember(self, ids: list[int]) -> None:
         """Make a finished turn's ids (already in the context) part of the stream."""

@@ -1,7 +1,7 @@
 """Settings: flags over `LONGSTRIDE_*` over `longstride.toml` over the defaults here."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
@@ -12,8 +12,10 @@ from pydantic_settings import (
 )
 
 from longstride.engine.context import Placement
-from longstride.engine.sampling import Sampling
 from longstride.errors import BadInput
+
+if TYPE_CHECKING:
+    from longstride.engine.sampling import Sampling
 
 SYSTEM = "You answer questions about the text you are given. Be brief and keep to the text."
 
@@ -43,8 +45,10 @@ class SessionSettings(BaseModel):
     repetition_penalty: float = Field(1.1, gt=0, description="divides the scores of tokens of the turn; 1 is none")
     seed: int | None = Field(None, description="makes sampling repeatable")
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> "Sampling":
         """How tokens are chosen."""
+        from longstride.engine.sampling import Sampling  # brings torch, which settings alone do not need
+
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
 
 

@@ -78,7 +78,7 @@ class Snapshot:
             for (id_, ids, positions), block in zip(described, rows, strict=True)
         ]
 
-    async def restore(self) -> tuple[int, list[str]]:
+    async def restore(self, session_id: int) -> tuple[int, list[str]]:
         """Bring back the leading blocks of the context's text that are stored and sound.
 
         Everything is read and verified before the first row is written. Returns (rows restored, what was wrong with
@@ -98,7 +98,7 @@ class Snapshot:
         await self.device.call(write)
         if found:
             used = list(self._chain)
-            await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, used))
+            await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, used, session_id))
         return len(found) * self.block_tokens, problems
 
     def _load(self) -> tuple[list[bytes], list[str]]:

@@ -116,6 +116,7 @@ class Turn:
         self._rest = self.decoder.flush()
         answer.text += self._rest
         self._finish_sources()
+        answer.sources.sort(key=lambda source: -source.score)
         usage.generated = len(self.generated)
         if usage.generated > 1:
             timing.tokens_per_second = (usage.generated - 1) / timing.decode

@@ -34,8 +34,10 @@ class Blocks:
         self.limit_bytes = limit_bytes
         self.free_disk_bytes = free_disk_bytes
 
-    def put(self, tables: Tables, blocks: Iterable[Block]) -> int:
+    def put(self, tables: Tables, blocks: Iterable[Block], session_id: int | None = None) -> int:
         """Store blocks that are not there yet, inside the caller's transaction; returns how many were stored.
+
+        `session_id`: whose text they hold; they go when the last session that holds them is removed.
 
         The budget is checked before each write; least recently used blocks go first. A block that fits neither the
         budget nor the disk is left out.
@@ -45,6 +47,7 @@ class Blocks:
         for block in blocks:
             size = len(block.data)
             if tables.conn.execute("select 1 from blocks where id = ?", [block.id]).fetchone():
+                self._own(tables, session_id, [block.id])
                 continue
             if size > min(self.limit_bytes, MAX_BLOCK_BYTES):
                 continue
@@ -56,6 +59,7 @@ class Blocks:
                 hashlib.sha256(block.data).digest(), size, time.time(),
             ]  # fmt: skip
             tables.conn.execute("insert into blocks values (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            self._own(tables, session_id, [block.id])
             used += size
             stored += 1
         return stored
@@ -79,13 +83,13 @@ class Blocks:
         """(rows, "") of a sound block, else (None, what is wrong with it: "missing" or a reason to report)."""
         row = self.database.read(
             lambda tables: tables.conn.execute(
-                "select fingerprint, ids, positions, data, checksum from blocks where id = ?", [id_]
+                "select cast(fingerprint as blob), ids, positions, data, checksum from blocks where id = ?", [id_]
             ).fetchone()
         )
         if row is None:
             return None, "missing"
         problems = (
-            (row[0] != fingerprint, "was made by another model"),
+            (row[0] != fingerprint.encode(), "was made by another model"),
             (row[1] != ids, "holds other token ids"),
             (row[2] != positions, "holds other positions"),
             (len(row[3]) != size, f"has {len(row[3])} bytes instead of {size}"),
@@ -96,12 +100,29 @@ class Blocks:
                 return None, f"block {id_.hex()[:12]} {why}"
         return row[3], ""
 
-    def touch(self, tables: Tables, ids: Iterable[bytes]) -> None:
-        """Mark blocks as used now, inside the caller's transaction."""
+    @staticmethod
+    def _own(tables: Tables, session_id: int | None, ids: Iterable[bytes]) -> None:
+        # the session may have been removed meanwhile; then there is nobody to own anything
+        insert = "insert or ignore into session_blocks select id, ? from sessions where id = ?"
+        tables.conn.executemany(insert, [(i, session_id) for i in ids])
+
+    def touch(self, tables: Tables, ids: list[bytes], session_id: int | None = None) -> None:
+        """Mark blocks as used now, and by `session_id`, inside the caller's transaction."""
         now = time.time()
+        self._own(tables, session_id, ids)
         tables.conn.executemany(
             "update blocks set used_at = ? where id = ? and used_at < ?",
             [(now, i, now - TOUCH_AFTER_S) for i in ids],
+        )
+
+    def release(self, tables: Tables, ids: list[bytes], session_id: int) -> None:
+        """`session_id` will not need these: delete those that no other session holds, in the caller's transaction."""
+        tables.conn.executemany(
+            "delete from session_blocks where session_id = ? and block_id = ?", [(session_id, i) for i in ids]
+        )
+        tables.conn.executemany(
+            "delete from blocks where id = ?1 and not exists (select 1 from session_blocks where block_id = ?1)",
+            [(i,) for i in ids],
         )
 
     def drop(self, tables: Tables, ids: Iterable[bytes]) -> None:

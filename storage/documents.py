@@ -53,7 +53,9 @@ class Documents:
     def add(self, tables: Tables, name: str, path: str | None, text: str, spans: list[tuple[int, int]]) -> list[int]:
         """Store a document and its passages, inside the caller's transaction; returns the passages' ids."""
         id_ = self.identity(text)
-        tables.conn.execute("insert into documents values (?, ?, ?, ?, ?)", [id_, name, path, text, now()])
+        tables.conn.execute(
+            "insert into documents values (?, ?, ?, ?, ?, ?)", [id_, name, path, text, len(text), now()]
+        )
         insert = "insert into passages (document_id, start, stop) values (?, ?, ?)"
         ids = [int(tables.conn.execute(insert, [id_, a, b]).lastrowid or 0) for a, b in spans]
         if path is not None:
@@ -73,7 +75,7 @@ class Documents:
     def all(self) -> list[StoredDocument]:
         """All documents, oldest first."""
         query = (
-            "select d.id, name, path, length(text), (select count(*) from passages where document_id = d.id), added_at "
+            "select d.id, name, path, characters, (select count(*) from passages where document_id = d.id), added_at "
             "from documents d order by added_at, name"
         )
         return [
@@ -94,12 +96,29 @@ class Documents:
 
     def passages(self, after: int = 0) -> list[StoredPassage]:
         """All passages with an id above `after`, in id order."""
-        query = (
-            "select p.id, d.id, d.name, p.start, p.stop, substr(d.text, p.start + 1, p.stop - p.start) "
-            "from passages p join documents d on d.id = p.document_id where p.id > ? order by p.id"
-        )
-        rows = self.database.read(lambda tables: tables.conn.execute(query, [after]).fetchall())
-        return [StoredPassage(*row) for row in rows]
+
+        def query(tables: Tables) -> "list[StoredPassage]":
+            # one read transaction, so that both queries see the same documents
+            tables.conn.execute("begin")
+            try:
+                spans = tables.conn.execute(
+                    "select id, document_id, start, stop from passages where id > ? order by id", [after]
+                ).fetchall()
+                wanted = {row[1] for row in spans}
+                rows = (
+                    tables.conn.execute("select id, name, text from documents where id = ?", [i]).fetchone()
+                    for i in wanted
+                )
+                texts = {row[0]: row[1:] for row in rows}
+            finally:
+                tables.conn.execute("rollback")
+            # sliced here: SQLite's substr stops at a NUL character
+            return [
+                StoredPassage(id_, document, texts[document][0], a, b, texts[document][1][a:b])
+                for id_, document, a, b in spans
+            ]
+
+        return self.database.read(query)
 
     def revision(self) -> tuple[int, int]:
         """(passages, largest id): changes whenever passages were added or removed."""

@@ -15,12 +15,14 @@ def documents(tables: Tables) -> None:
             name text not null,
             path text,
             text text not null,
+            characters integer not null,
             added_at text not null
         ) strict"""
     )
     tables.conn.execute(
+        # ids are never used twice, so that (count, largest id) changes with every addition and removal
         """create table passages (
-            id integer primary key,
+            id integer primary key autoincrement,
             document_id text not null references documents(id) on delete cascade,
             start integer not null,           -- characters in the document's text
             stop integer not null
@@ -104,3 +106,12 @@ def blocks(tables: Tables) -> None:
         ) strict"""
     )
     tables.conn.execute("create index blocks_used on blocks(used_at)")
+    tables.conn.execute(
+        # blocks hold token ids, so removing a session must find the blocks that were its own
+        """create table session_blocks (
+            session_id integer not null references sessions(id) on delete cascade,
+            block_id blob not null references blocks(id) on delete cascade,
+            primary key (session_id, block_id)
+        ) strict, without rowid"""
+    )
+    tables.conn.execute("create index session_blocks_block on session_blocks(block_id)")

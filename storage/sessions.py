@@ -113,17 +113,26 @@ class Sessions:
 
     def stream(self, session_id: int) -> bytes:
         """All stream token ids, packed. Raises `StorageError` if a run is missing."""
-        rows = self.database.read(
-            lambda tables: tables.conn.execute(
-                "select start, ids from runs where session_id = ? order by start", [session_id]
-            ).fetchall()
-        )
+
+        def query(tables: Tables) -> tuple[list[tuple[int, bytes]], int]:
+            runs = "select start, ids from runs where session_id = ? order by start"
+            length = "select tokens from sessions where id = ?"
+            tables.conn.execute("begin")
+            try:
+                rows = tables.conn.execute(runs, [session_id]).fetchall()
+                return rows, int((tables.conn.execute(length, [session_id]).fetchone() or [0])[0])
+            finally:
+                tables.conn.execute("rollback")
+
+        rows, tokens = self.database.read(query)
         packed = b"".join(row[1] for row in rows)
         at = 0
         for start, ids in rows:
             if start != at:
                 raise StorageError(f"the stream of session {session_id} has a gap at token {at}; restore a backup")
             at += len(ids) // 4
+        if at != tokens:
+            raise StorageError(f"the stream of session {session_id} has a gap at token {at}; restore a backup")
         return packed
 
     def passages(self, session_id: int) -> list[StreamPassage]:
@@ -171,5 +180,10 @@ class Sessions:
         tables.conn.execute("update sessions set settings = ? where id = ?", [json.dumps(settings), session_id])
 
     def remove(self, tables: Tables, session_id: int) -> None:
-        """Delete a session with all its text, inside the caller's transaction."""
+        """Delete a session, its text and the blocks no other session holds, inside the caller's transaction."""
+        tables.conn.execute(
+            "delete from blocks where id in (select block_id from session_blocks where session_id = ?1) and not exists "
+            "(select 1 from session_blocks s where s.block_id = blocks.id and s.session_id != ?1)",
+            [session_id],
+        )
         tables.conn.execute("delete from sessions where id = ?", [session_id])

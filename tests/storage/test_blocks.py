@@ -140,10 +140,11 @@ def flip(blocks, column, at, mask):
     """Flip bits of one byte of a stored value."""
 
     def change(tables):
-        value = bytearray(tables.conn.execute(f"select cast({column} as blob) from blocks").fetchone()[0])
+        (stored,) = tables.conn.execute(f"select cast({column} as blob) from blocks").fetchone()  # noqa: S608
+        value = bytearray(stored)
         value[at] ^= mask
         kind = "text" if column == "fingerprint" else "blob"
-        tables.conn.execute(f"update blocks set {column} = cast(? as {kind})", [bytes(value)])
+        tables.conn.execute(f"update blocks set {column} = cast(? as {kind})", [bytes(value)])  # noqa: S608
 
     blocks.database.write(change)
 

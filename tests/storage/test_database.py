@@ -122,7 +122,7 @@ async def test_the_asynchronous_faces_do_the_same(database):
     query = "select path from failures"
     assert await database.aread(lambda tables: tables.conn.execute(query).fetchall()) == [("a",)]
     with pytest.raises(StorageError, match="no such table"):
-        await database.awrite(lambda tables: tables.conn.execute("insert into nothing values (1)"))
+        await database.awrite(lambda tables: tables.conn.execute("insert into nowhere values (1)"))
 
 
 def test_two_databases_on_one_file_both_write(tmp_path):

@@ -82,6 +82,12 @@ def test_any_slice_of_any_text_comes_back(shared, text, data):
     assert shared.all()[0].characters == len(text)
 
 
+def test_a_nul_character_does_not_end_a_text(documents):
+    add(documents, "nul", "one\x00two three", [(0, 7), (8, 13)])
+    assert [p.text for p in documents.passages()] == ["one\x00two", "three"]
+    assert documents.all()[0].characters == 13
+
+
 def test_a_document_is_found_by_name_or_the_beginning_of_its_id(documents):
     add(documents, "moby.txt")
     add(documents, "other.txt", "other text", [(0, 5)])

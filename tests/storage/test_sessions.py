@@ -8,6 +8,8 @@ from longstride.errors import BadInput, StorageError
 from longstride.storage.database import Database
 from longstride.storage.sessions import Sessions, StreamPassage
 
+TABLES = ("sessions", "runs", "stream_passages", "answers")
+
 
 @pytest.fixture
 def sessions(tmp_path):
@@ -41,9 +43,9 @@ def add_answer(sessions, id_, kind="ask", text="It is a whale."):
     return sessions.database.write(lambda tables: sessions.add_answer(tables, id_, kind, 5, answer(text)))
 
 
-def rows(sessions, table):
-    query = f"select count(*) from {table}"
-    return sessions.database.read(lambda tables: tables.conn.execute(query).fetchone()[0])
+def rows(sessions):
+    """Rows of each of the tables."""
+    return sessions.database.read(lambda tables: {name: tables[name].count for name in TABLES})
 
 
 def drop_run(sessions, start):
@@ -68,7 +70,7 @@ def test_an_unknown_session_is_refused_naming_those_there_are(sessions):
         sessions.get("nobody")
     create(sessions, "ahab")
     create(sessions, "ishmael")
-    with pytest.raises(BadInput, match="no session 'nobody' in .*; there are: ishmael, ahab"):
+    with pytest.raises(BadInput, match=r"no session 'nobody' in .*; there are: ishmael, ahab"):
         sessions.get("nobody")
 
 
@@ -123,7 +125,7 @@ def test_an_append_to_a_removed_session_is_refused(sessions):
     sessions.database.write(lambda tables: sessions.remove(tables, id_))
     with pytest.raises(StorageError, match="removed by another process"):
         append(sessions, id_, 0, [1])
-    assert rows(sessions, "runs") == 0
+    assert rows(sessions) == dict.fromkeys(TABLES, 0)
 
 
 @pytest.mark.parametrize(("missing", "at"), [(0, 0), (2, 2), (4, 4)])
@@ -158,9 +160,7 @@ def test_removing_a_session_leaves_nothing_of_it(sessions):
         add_answer(sessions, session)
     sessions.database.write(lambda tables: sessions.remove(tables, id_))
     assert sessions.find("s") is None
-    assert {
-        table: rows(sessions, table) for table in ("sessions", "runs", "stream_passages", "answers")
-    } == dict.fromkeys(("sessions", "runs", "stream_passages", "answers"), 1)
+    assert rows(sessions) == dict.fromkeys(TABLES, 1)
     assert sessions.stream(other) == packed(1, 2, 3)
     assert len(sessions.answers(other)) == 1
 
