@@ -72,6 +72,8 @@ class Repl:
         if text in {"/quit", "/exit"}:
             return False
         try:
+            if not self.session.healthy:
+                self.session = await self.assistant.session(self.session.name)
             if text.startswith("/"):
                 name, _, rest = text.partition(" ")
                 command = self.commands.get(name)
@@ -87,7 +89,7 @@ class Repl:
     async def answer(self, question: str, *, remember: bool) -> None:
         """Stream an answer; Ctrl-C stops it (within one step of the device) and nothing else."""
         work = asyncio.ensure_future(c.stream_answer(self.session, question, remember=remember, stride=self.stride))
-        loop = asyncio.get_running_loop()
+        loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGINT)
         loop.add_signal_handler(signal.SIGINT, work.cancel)
         try:
             self.last = await work
@@ -97,6 +99,7 @@ class Repl:
             c.out.print("\n(stopped; this answer is not kept)", style="dim")
         finally:
             loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, before)  # removing puts Python's default there, not what was before
 
     async def ask_once(self, question: str) -> None:
         """/ask"""

@@ -134,9 +134,10 @@ def report_resume(session: "Session") -> None:
         f"resumed {session.name}: {session.tokens:,} tokens read, {back.restored:,} of {back.tokens:,} context tokens "
         f"restored from the snapshot and not recomputed ({back.seconds:.2f} s)",
         style="dim",
+        markup=False,
     )
     for problem in back.problems:
-        err.print(f"warning: {problem}", style="yellow")
+        err.print(f"warning: {problem}", style="yellow", markup=False)
 
 
 def print_sources(sources: "Iterable[Source | Passage]") -> None:

@@ -22,19 +22,20 @@ def run(db: c.Db = None, model: c.ModelName = None, device: c.Device = None, dty
     async def work() -> None:
         async with c.Opened(db=db, model=model, device=device, dtype=dtype) as assistant:
             session = await assistant.session(SESSION, **({} if await assistant.has_session(SESSION) else SETTINGS))
-            if session.resumed is not None and session.tokens:
+            ids = assistant.model.tokenizer.encode(text)
+            if session.resumed is not None:
                 c.out.print(
                     f"Resumed the session of an earlier run: {session.tokens:,} tokens were read then. "
                     f"{session.resumed.restored:,} of the {session.resumed.tokens:,} tokens in its context came from "
                     f"the snapshot and were not recomputed ({session.resumed.seconds:.2f} s)."
                 )
                 for problem in session.resumed.problems:
-                    c.err.print(f"warning: {problem}")
-            else:
+                    c.err.print(f"warning: {problem}", markup=False)
+            rest = ids[session.tokens :]  # all of it, or what an interrupted run has left
+            if rest:
                 with c.reading_bar() as bar:
-                    ids = assistant.model.tokenizer.encode(text)
-                    task = bar.add_task("Alice in Wonderland, chapters 1 and 2", total=len(ids), rate="")
-                    report = await session.feed_ids(ids, progress=lambda n: bar.update(task, advance=n))
+                    task = bar.add_task("Alice in Wonderland, chapters 1 and 2", total=len(rest), rate="")
+                    report = await session.feed_ids(rest, progress=lambda n: bar.update(task, advance=n))
                 c.out.print(
                     f"Read {report.tokens:,} tokens of Alice in Wonderland in {report.seconds:.1f} s "
                     f"({report.tokens / report.seconds:,.0f} tokens/s) through a context of "

@@ -125,7 +125,8 @@ def run(
             rate = total.tokens / total.seconds if total.seconds else 0.0
             c.out.print(
                 f"read {total.tokens:,} tokens in {total.seconds:.1f} s ({rate:,.0f} tokens/s), "
-                f"{total.blocks:,} blocks saved; session {session} holds {opened.tokens:,} tokens"
+                f"{total.blocks:,} blocks saved; session {session} holds {opened.tokens:,} tokens",
+                markup=False,
             )
             if total.slides:
                 c.out.print(

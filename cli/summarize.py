@@ -1,5 +1,6 @@
 """`longstride summarize`."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -29,12 +30,18 @@ def run(
 
     from longstride.scheduler.summary import summarize
 
+    mark = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
+
     async def work() -> None:
         async with c.Opened(db=db, model=model, device=device, dtype=dtype) as assistant:
-            name = session or f"summary of {file.name}"[:200]
+            # one name a file, so that another file of the same name is not taken for this one
+            name = session or f"summary of {file.name[:150]} ({mark})"
             if session is None and await assistant.has_session(name):
                 await assistant.remove_session(name)  # an earlier summary of the same file, not the user's own session
-            opened = await assistant.session(name, window="sinks", **c.given(context_tokens=context_tokens))
+            changes = c.given(context_tokens=context_tokens)
+            if not await assistant.has_session(name):
+                changes["window"] = "sinks"
+            opened = await assistant.session(name, **changes)
             with c.reading_bar() as bar:
                 total = len(assistant.model.tokenizer.encode(text))
                 task = bar.add_task(file.name, total=total, rate="")

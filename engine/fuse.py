@@ -31,8 +31,8 @@ class _Joint(nn.Module):
         """Output of layer `index` for `x`."""
         out = self._outputs[index] if x is self._input else None
         if out is None:
-            self._input = x
             self._outputs = list(torch.split(functional.linear(x, self.weight, self.bias), self.sizes, dim=-1))
+            self._input = x
             out = cast("torch.Tensor", self._outputs[index])
         self._outputs[index] = None
         if not any(o is not None for o in self._outputs):

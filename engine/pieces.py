@@ -1,5 +1,6 @@
 """`MemoryPieces`: KV rows of passages encoded beside a sink, kept in memory up to a byte limit (least recent goes)."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,7 @@ class MemoryPieces:
         self.fingerprint = fingerprint
         self.limit_bytes = limit_bytes
         self.bytes = 0
+        self._lock = threading.Lock()  # the device thread and worker threads both look things up
         self._rows: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
     def key(self, sink: Sequence[int], piece: Sequence[int], position: int) -> bytes:
@@ -27,10 +29,11 @@ class MemoryPieces:
     def get(self, sink: Sequence[int], piece: Sequence[int], position: int) -> torch.Tensor | None:
         """Rows of `piece`, or None."""
         key = self.key(sink, piece, position)
-        rows = self._rows.get(key)
-        if rows is not None:
-            self._rows.move_to_end(key)
-        return rows
+        with self._lock:
+            rows = self._rows.get(key)
+            if rows is not None:
+                self._rows.move_to_end(key)
+            return rows
 
     def put(self, sink: Sequence[int], piece: Sequence[int], position: int, rows: torch.Tensor) -> None:
         """Keep `rows`, dropping the least recently used beyond the limit."""
@@ -41,12 +44,13 @@ class MemoryPieces:
         size = rows.numel() * rows.element_size()
         if size > self.limit_bytes:
             return
-        old = self._rows.pop(key, None)
-        self.bytes += size - (old.numel() * old.element_size() if old is not None else 0)
-        self._rows[key] = rows
-        while self.bytes > self.limit_bytes:
-            _, dropped = self._rows.popitem(last=False)
-            self.bytes -= dropped.numel() * dropped.element_size()
+        with self._lock:
+            old = self._rows.pop(key, None)
+            self.bytes += size - (old.numel() * old.element_size() if old is not None else 0)
+            self._rows[key] = rows
+            while self.bytes > self.limit_bytes:
+                _, dropped = self._rows.popitem(last=False)
+                self.bytes -= dropped.numel() * dropped.element_size()
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._rows

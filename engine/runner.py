@@ -1,5 +1,6 @@
 """`ModelRunner.forward(slices) -> logits`: the only caller of the model."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ class ModelRunner:
     """
 
     def __init__(self, model: Any) -> None:
+        self._lock = threading.Lock()
         self.model = model.eval()
         refuse_untruncatable(model.config)
         fuse(model)
@@ -77,7 +79,8 @@ class ModelRunner:
             ids += piece.ids
             positions += piece.positions
             keep += range(len(ids) - piece.logits, len(ids))
-        logits = self._call(ids, positions, torch.tensor(keep, dtype=torch.long), plan=slices)
+        with self._lock:  # several device loops may share a model
+            logits = self._call(ids, positions, torch.tensor(keep, dtype=torch.long), plan=slices)
         for piece in slices:
             piece.cache.extend(piece.stop)
         self.forwards += 1

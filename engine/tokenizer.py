@@ -1,5 +1,6 @@
 """Text to token ids and back. Ids are the truth of a session; text is only ever derived from them."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -46,6 +47,7 @@ class HFTokenizer:
 
     def __init__(self, tokenizer: Any, eos: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()
         ends = {*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
         self.eos = frozenset(ends)
         self.special = frozenset(tokenizer.all_special_ids) | frozenset(
@@ -54,7 +56,9 @@ class HFTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; a document that spells `<|im_end|>` gets ordinary tokens, not the control token."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        # the flag is state of the shared tokenizer, so no two threads may be in here
+        with self._lock:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -87,7 +91,8 @@ class HFTokenizer:
 
     def _control(self, text: str) -> list[int]:
         """Ids of template text, whose control tokens are meant."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        with self._lock:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
         return ids
 
 

@@ -138,7 +138,7 @@ class Assistant:
                 f"session {stored.name!r} was read with another tokenizer (model {stored.model}); open it with "
                 f"--model {stored.model}, or start a session of another name"
             )
-        settings = changed(SessionSettings(**stored.settings), changes)
+        settings = changed(self.settings.for_sessions(), {**stored.settings, **changes})
         session = Session(self.core, stored, settings)
         stream = array("I", unpack_ids(await asyncio.to_thread(self.sessions.stream, stored.id)))
         passages = await asyncio.to_thread(self.sessions.passages, stored.id)
@@ -151,7 +151,9 @@ class Assistant:
     async def remove_session(self, name: str) -> None:
         """Delete a session with all its text, and the stored KV that no other session holds."""
         stored = await asyncio.to_thread(self.sessions.get, name)
-        self._open.pop(name, None)
+        held = self._open.pop(name, None)
+        if held is not None:
+            held.retire("it was removed")
         await self.database.awrite(lambda tables: self.sessions.remove(tables, stored.id))
 
     # --- documents ---

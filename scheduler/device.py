@@ -22,7 +22,7 @@ from longstride.errors import Busy
 
 T = TypeVar("T")
 Accept = Callable[[torch.Tensor | None], Any]
-MIN_SHARE = 64  # tokens of a forward that the largest waiting job gets at least, so that nobody starves
+PATIENCE = 4  # forwards that a step may be left over before it goes first
 
 
 @dataclass(eq=False)
@@ -33,6 +33,14 @@ class _Step:
     accept: Accept
     future: "Future[Any]" = field(default_factory=Future)
     slices: list[Slice] = field(default_factory=list)
+    passed: int = 0  # forwards that left it over
+    running: bool = False
+
+    def start(self) -> bool:
+        """Whether it still wants to run; from now on it can no longer be withdrawn."""
+        if not self.running:
+            self.running = self.future.set_running_or_notify_cancel()
+        return self.running
 
 
 class Device:
@@ -84,7 +92,8 @@ class Device:
             self._wake.notify()
         self._thread.join()
         for step in self._waiting:
-            step.future.cancel()
+            if not step.future.cancel():
+                step.future.set_exception(RuntimeError("the device was closed"))
         for _, future in self._calls:
             future.cancel()
 
@@ -99,30 +108,46 @@ class Device:
             for work, future in calls:
                 if future.set_running_or_notify_cancel():
                     _settle(future, work)
-            self._forward([step for step in steps if step.future.set_running_or_notify_cancel()])
+            self._forward([step for step in steps if step.start()])
 
     def _forward(self, steps: list[_Step]) -> None:
         """One forward for as many steps as the budget holds; the rest goes back to the front of the queue."""
-        # small ones first: a token of an answer is not kept waiting by a book, and the book gets what is left
-        steps.sort(key=lambda step: step.sequence.pending)
+        # small ones first: a token of an answer is not kept waiting by a book, and the book gets what is left;
+        # who has been left over a few times goes first
+        steps.sort(key=lambda step: step.sequence.pending if step.passed < PATIENCE else -step.passed)
         left = self.budget_tokens
         chosen: list[_Step] = []
-        for step in steps:
+        for at, step in enumerate(steps):
+            if left <= 0:
+                for passed in steps[at:]:
+                    passed.passed += 1
+                with self._wake:
+                    self._waiting.extendleft(reversed(steps[at:]))
+                break
             try:
-                step.slices = step.sequence.take(max(left, MIN_SHARE))
+                step.slices = step.sequence.take(left)
             except Exception as error:  # noqa: BLE001 - whatever it is belongs to this session alone
                 step.future.set_exception(error)
                 continue
             left -= sum(len(piece.ids) for piece in step.slices)
             chosen.append(step)
-        slices = [piece for step in chosen for piece in step.slices]
         try:
-            rows = iter(self.runner.forward(slices) if slices else [])
-        except Exception as error:  # noqa: BLE001 - reported to every session that took part
-            for step in chosen:
-                step.future.set_exception(error)
-            return
-        for step in chosen:
+            self._run(chosen)
+        except Exception as error:  # noqa: BLE001 - reported to the session it belongs to
+            if len(chosen) == 1:
+                chosen[0].future.set_exception(error)
+                return
+            for step in chosen:  # one of them is at fault; the others must not suffer for it
+                try:
+                    self._run([step])
+                except Exception as own:  # noqa: BLE001
+                    step.future.set_exception(own)
+
+    def _run(self, steps: list[_Step]) -> None:
+        """The forward itself; hands every step its rows."""
+        slices = [piece for step in steps for piece in step.slices]
+        rows = iter(self.runner.forward(slices) if slices else [])
+        for step in steps:
             last = None
             for _ in step.slices:
                 last = next(rows)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from longstride.engine.tokenizer import Tokenizer
+from longstride.engine.tokenizer import REPLACEMENT, Tokenizer
 
 _SENTENCE = re.compile(r"[^.!?\n]*(?:[.!?]+[\"'”’)\]]*(?=\s|$)\s*|[.!?]+|\n\s*|$)")
 
@@ -74,6 +74,9 @@ class StreamSplitter:
         text = self._tokenizer.decode([token])
         return "\n" in text or text.rstrip("\"'”’)] ").endswith((".", "!", "?"))
 
+    def _whole(self, ids: Sequence[int]) -> bool:
+        return not self._tokenizer.decode(ids).endswith(REPLACEMENT)
+
     def take(self, stream: Sequence[int]) -> list[tuple[int, int]]:
         """Token spans that `stream` (all of it so far) has completed since the last call."""
         spans: list[tuple[int, int]] = []
@@ -81,6 +84,9 @@ class StreamSplitter:
             stop = self.start + self.limit
             floor = self.start + self.limit // 2
             best = next((i + 1 for i in range(stop - 1, floor, -1) if self._ends(stream[i])), stop)
+            # not in the middle of a character, which has four tokens at most
+            ends = (end for end in range(best, max(best - 4, floor), -1) if self._whole(stream[self.start : end]))
+            best = next(ends, best)
             spans.append((self.start, best))
             self.start = best
         return spans

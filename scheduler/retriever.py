@@ -1,6 +1,7 @@
 """`Retriever`: what to retrieve. One index over the documents, one over each session's own stream."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,11 +35,13 @@ class StreamIndex:
         self.index = PassageIndex()
         self.spans: list[tuple[int, int, int, int]] = []  # tokens from, to; characters from, to
         self._text_of = text_of
+        self._lock = threading.Lock()
 
     def add(self, spans: Sequence[tuple[int, int, int, int]]) -> None:
         """Add passages; blocks (call it in a worker thread)."""
-        self.index.add([self._text_of(a, b) for a, b, _, _ in spans])
-        self.spans += spans
+        with self._lock:
+            self.spans += spans  # before the index has them: a search never finds one without its span
+            self.index.add([self._text_of(a, b) for a, b, _, _ in spans])
         if self.index.merge_due:
             self.index.merge()
 
@@ -54,11 +57,18 @@ class DocumentIndex:
     def __init__(self, documents: Documents) -> None:
         self._documents = documents
         self._revision = (0, 0)
+        self._lock = threading.Lock()
         self.index = PassageIndex()
         self.passages: list[StoredPassage] = []
 
-    def refresh(self) -> None:
-        """Take in what was added since; start anew when something was removed. Blocks."""
+    def refresh(self) -> tuple[PassageIndex, list[StoredPassage]]:
+        """Take in what was added since; start anew when something was removed. Returns the index and its passages,
+        which belong together whatever is refreshed later. Blocks."""
+        with self._lock:
+            self._refresh()
+            return self.index, self.passages
+
+    def _refresh(self) -> None:
         count, last = self._documents.revision()
         if (count, last) == self._revision:
             return
@@ -66,15 +76,15 @@ class DocumentIndex:
         if len(self.passages) + len(new) != count:
             self.index, self.passages = PassageIndex(), []
             new = self._documents.passages()
+        self.passages += new  # before the index has them, as above
         self.index.add([passage.text for passage in new])
-        self.passages += new
         self._revision = (len(self.passages), self.passages[-1].id if self.passages else 0)
         if self.index.merge_due:
             self.index.merge()
 
-    def passage(self, number: int, score: float) -> Passage:
-        """Passage `number`."""
-        stored = self.passages[number]
+    @staticmethod
+    def passage(stored: StoredPassage, score: float) -> Passage:
+        """A stored passage, as found."""
         return Passage(
             f"{stored.document_id[:12]}:{stored.id}",
             stored.document,
@@ -101,13 +111,10 @@ class Retriever:
         return await asyncio.to_thread(self._search, query, count, stream, visible_from)
 
     def _search(self, query: str, count: int, stream: StreamIndex | None, visible_from: int) -> list[Passage]:
-        self.documents.refresh()
-        sources: list[DocumentIndex | StreamIndex] = [
-            self.documents,
-            *([stream] if stream is not None else []),
-        ]
+        index, passages = self.documents.refresh()
+        indexes = [index, *([stream.index] if stream is not None else [])]
         found: list[tuple[float, int, int]] = []
-        for s, values in enumerate(scores([source.index for source in sources], query)):
+        for s, values in enumerate(scores(indexes, query)):
             if s == 1 and stream is not None:
                 spans = stream.spans[: len(values)]
                 hidden = _first_reaching(spans, visible_from)
@@ -118,7 +125,10 @@ class Retriever:
             found += [(float(values[i]), s, int(i)) for i in best]
         # equal scores: the order of adding decides, so that a search is repeatable
         found.sort(key=lambda hit: (-hit[0], hit[1], hit[2]))
-        return [sources[s].passage(i, value) for value, s, i in found[:count]]
+        return [
+            stream.passage(i, value) if s and stream is not None else self.documents.passage(passages[i], value)
+            for value, s, i in found[:count]
+        ]
 
 
 def _first_reaching(spans: Iterable[tuple[int, int, int, int]], token: int) -> int:

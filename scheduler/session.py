@@ -4,11 +4,12 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from sqlite_utils import Database as Tables
@@ -29,6 +30,7 @@ from longstride.scheduler.turn import Turn
 from longstride.storage.blocks import Block, Blocks
 from longstride.storage.sessions import Sessions, StoredSession, StreamPassage
 
+T = TypeVar("T")
 log = logging.getLogger("longstride")
 NOTE = "Note the main points of the last part of the text in one or two sentences."
 MARKS = ("\n[Retrieved passage]\n", "\n[End of the retrieved passage]\n")
@@ -45,6 +47,18 @@ class Core:
     blocks: Blocks
     pieces: MemoryPieces
     block_tokens: int
+
+
+async def finished(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even when cancelled meanwhile; the cancellation is raised afterwards."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("a cancelled session could not be saved: %s", task.exception())
+        raise
 
 
 def _report(stored: "Future[int]") -> None:
@@ -101,7 +115,7 @@ class Session:
         self.index = StreamIndex(self.name, lambda a, b: tokenizer.decode(self.stream[a:b]))
         self._characters = 0
         self._lock = asyncio.Lock()
-        self._failure: StorageError | None = None
+        self._failure: str | None = None
 
     # --- coming back ---
 
@@ -112,11 +126,11 @@ class Session:
         self.window_start = stored.window_start
         context = self.sequence.context
         visible = stream[self.window_start :].tolist()
-        if len(visible) > context.room - self.headroom:
+        if len(visible) > context.room:
             # a setting made the context shorter than it was
             if self.settings.window == "refuse":
                 raise ContextFull(
-                    f"session {self.name!r} holds {len(visible)} tokens, more than the {context.room - self.headroom} "
+                    f"session {self.name!r} holds {len(visible)} tokens, more than the {context.room} "
                     "that now fit; open it with its former settings or with --window sinks"
                 )
             self.window_start = len(stream) - self._recent()
@@ -143,6 +157,12 @@ class Session:
         context = self.sequence.context
         return (context.limit - context.reserved - context.prompt - self.headroom) // 2
 
+    @property
+    def most_room(self) -> int:
+        """Tokens that fit behind the prompt and a window that has just slid."""
+        context = self.sequence.context
+        return context.limit - context.reserved - context.prompt - self._recent()
+
     async def feed(
         self, text: str, *, notes_every: int | None = None, progress: Callable[[int], None] | None = None
     ) -> ReadReport:
@@ -159,8 +179,16 @@ class Session:
     async def feed_ids(
         self, ids: list[int], *, notes_every: int | None = None, progress: Callable[[int], None] | None = None
     ) -> ReadReport:
-        """`feed` for token ids."""
+        """`feed` for token ids. Raises `BadInput` too for an id that the model does not have."""
         started = time.perf_counter()
+        vocabulary = self.core.model.runner.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise BadInput(f"token ids must be between 0 and {vocabulary - 1}")
+        if notes_every is not None and self._note_tokens() > self.headroom:
+            raise BadInput(
+                f"a context of {self.sequence.context.limit} tokens is too short for notes; take a longer one "
+                "(context_tokens)"
+            )
         report = ReadReport(tokens=len(ids))
         async with self._lock:
             self._usable()
@@ -174,14 +202,15 @@ class Session:
                 )
             at = 0
             while at < len(ids):
-                size = self.core.device.budget_tokens
+                # a chunk fits behind a window that has just slid
+                size = min(self.core.device.budget_tokens, self.most_room - self.headroom)
                 if notes_every is not None:
                     size = min(size, notes_every - self.tokens % notes_every)
                 chunk = ids[at : at + size]
                 at += len(chunk)
                 report.slides += self._make_room(len(chunk) + self.headroom)
                 await self._read(chunk)
-                report.blocks += await self._save(chunk)
+                report.blocks += await finished(self._save(chunk))
                 if progress is not None:
                     progress(len(chunk))
                 if notes_every is not None and self.tokens % notes_every == 0:
@@ -194,7 +223,10 @@ class Session:
         """Slide the window if `needed` tokens do not fit; returns how often it slid (0 or 1)."""
         if needed <= self.sequence.context.room:
             return 0
-        keep = min(self._recent(), self.tokens - self.window_start)
+        visible = self.tokens - self.window_start
+        keep = min(self._recent(), visible)
+        if keep == visible:
+            return 0
         self.sequence.slide(keep)
         self.snapshot.reset()
         self.window_start = self.tokens - keep
@@ -202,8 +234,8 @@ class Session:
 
     async def _read(self, chunk: list[int]) -> None:
         """Compute a chunk's rows (and whatever else was left pending)."""
-        self.sequence.context.append(chunk)
         self.stream.extend(chunk)
+        self.sequence.context.append(chunk)
         try:
             while self.sequence.pending:
                 await self.core.device.step(self.sequence, lambda _logits: None)
@@ -215,7 +247,15 @@ class Session:
             raise
 
     async def _save(self, chunk: list[int]) -> int:
-        """Commit a chunk's ids, passages and full blocks in one transaction; returns the blocks stored."""
+        """`_commit`. If it fails, memory is ahead of the database and the session must be opened again."""
+        try:
+            return await self._commit(chunk)
+        except BaseException as error:
+            self._failure = str(error) or type(error).__name__
+            raise
+
+    async def _commit(self, chunk: list[int]) -> int:
+        """Store a chunk's ids, passages and full blocks in one transaction; returns the blocks stored."""
         passages = self._new_passages()
         blocks = await self.snapshot.new_blocks()
         start, packed, window = self.tokens - len(chunk), array("I", chunk).tobytes(), self.window_start
@@ -228,11 +268,7 @@ class Session:
             core.blocks.release(tables, stale, self.id)
             return core.blocks.put(tables, blocks, self.id)
 
-        try:
-            stored = await core.sessions.database.awrite(change)
-        except StorageError as error:
-            self._failure = error
-            raise
+        stored = await core.sessions.database.awrite(change)
         spans = [(p.start, p.stop, p.first_char, p.last_char) for p in passages]
         await asyncio.to_thread(self.index.add, spans)
         return stored
@@ -245,6 +281,10 @@ class Session:
             out.append(StreamPassage(a, b, self._characters, self._characters + size))
             self._characters += size
         return out
+
+    def retire(self, why: str) -> None:
+        """Let this object refuse all further use (the session was removed)."""
+        self._failure = why
 
     @property
     def healthy(self) -> bool:
@@ -268,12 +308,18 @@ class Session:
             raise BadInput("the question is empty")
         settings = self._for_answer(changes)
         head = self.core.model.tokenizer.encode(f"\n\n{question.strip()}")
+        last: Piece | None = None
         async with self._lock:
             self._usable()
             turn = Turn(self, settings, question, [*head, *self.frame.answer])
             async with aclosing(turn.run("ask", remember=remember)) as pieces:
                 async for piece in pieces:
-                    yield piece
+                    if piece.answer is None:
+                        yield piece
+                    last = piece
+        # outside the lock, so that whoever stops at the last piece does not hold the session
+        if last is not None:
+            yield last
 
     async def answer(self, question: str, *, remember: bool = False, **changes: object) -> Answer:
         """`ask`, waiting for the whole answer."""
@@ -309,6 +355,12 @@ class Session:
             raise BadInput(f"{', '.join(sorted(fixed))} belongs to the session and cannot change for one answer")
         return changed(self.settings, dict(changes))
 
+    def _note_tokens(self) -> int:
+        """Tokens that a note's question and a few tokens of its answer take."""
+        return (
+            len(self.core.model.tokenizer.encode(f"\n\n{NOTE}")) + len(self.frame.answer) + len(self.frame.resume) + 8
+        )
+
     async def _note(self) -> Answer:
         """A running note on what was just read; the query is the stream's own end."""
         head = self.core.model.tokenizer.encode(f"\n\n{NOTE}")
@@ -333,7 +385,7 @@ class Session:
     async def remember(self, ids: list[int]) -> None:
         """Make a finished turn's ids (already in the context) part of the stream."""
         self.stream.extend(ids)
-        await self._save(ids)
+        await finished(self._save(ids))
 
     def make_room(self, needed: int) -> None:
         """Room for a turn of `needed` tokens, sliding the window where the policy allows it."""

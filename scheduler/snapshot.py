@@ -8,6 +8,7 @@ import torch
 from longstride.engine.identity import chain_id, pack_ids
 from longstride.engine.model import Model
 from longstride.engine.sequence import Sequence
+from longstride.errors import StorageError
 from longstride.scheduler.device import Device
 from longstride.storage.blocks import Block, Blocks
 
@@ -68,13 +69,13 @@ class Snapshot:
             described.append(block)
             self._chain.append(block[0])
 
-        def copy() -> list[torch.Tensor]:
+        def copy() -> list[bytes]:
             size = self.block_tokens
-            return [sequence.cache.read_rows(i * size, (i + 1) * size) for i in range(first, whole)]
+            return [to_bytes(sequence.cache.read_rows(i * size, (i + 1) * size)) for i in range(first, whole)]
 
         rows = await self.device.call(copy)
         return [
-            Block(id_, self.model.fingerprint, pack_ids(ids), pack_ids(positions), to_bytes(block))
+            Block(id_, self.model.fingerprint, pack_ids(ids), pack_ids(positions), block)
             for (id_, ids, positions), block in zip(described, rows, strict=True)
         ]
 
@@ -98,7 +99,10 @@ class Snapshot:
         await self.device.call(write)
         if found:
             used = list(self._chain)
-            await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, used, session_id))
+            try:
+                await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, used, session_id))
+            except StorageError as error:
+                problems.append(f"the blocks could not be marked as used: {error}")
         return len(found) * self.block_tokens, problems
 
     def _load(self) -> tuple[list[bytes], list[str]]:

@@ -1,5 +1,6 @@
 """Summaries of texts longer than the context: notes on each part, then a summary of the notes."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ async def summarize(
     """
     if not text.strip():
         raise BadInput("there is no text to summarize")
-    ids = session.core.model.tokenizer.encode(text)
+    ids = await asyncio.to_thread(session.core.model.tokenizer.encode, text)
     # parts of equal size, so that the last note is not about a few stray words
     parts = max(1, round(len(ids) / part_tokens))
     size = -(-len(ids) // parts)

@@ -125,8 +125,10 @@ class Turn:
         """Tokens the answer may have. Raises `ContextFull` if not even one fits behind the question."""
         wanted = self.settings.max_tokens
         frame = len(self.session.frame.resume)
-        self.session.make_room(len(self.ids) + wanted + frame)
-        room = self.sequence.context.room - len(self.ids) - frame
+        least = len(self.ids) + frame + 1
+        if least <= self.session.most_room:  # a question that will not fit must not slide the window either
+            self.session.make_room(min(least - 1 + min(wanted, self.session.headroom), self.session.most_room))
+        room = self.sequence.context.room - least + 1
         if room < 1:
             raise ContextFull(
                 f"the question ({len(self.ids)} tokens) does not fit: {max(0, self.sequence.context.room)} tokens are "

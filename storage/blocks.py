@@ -42,6 +42,9 @@ class Blocks:
         The budget is checked before each write; least recently used blocks go first. A block that fits neither the
         budget nor the disk is left out.
         """
+        exists = "select 1 from sessions where id = ?"
+        if session_id is not None and tables.conn.execute(exists, [session_id]).fetchone() is None:
+            return 0  # removed meanwhile: its text must not come back
         stored = 0
         used = self._used(tables)
         for block in blocks:
@@ -53,10 +56,12 @@ class Blocks:
                 continue
             if shutil.disk_usage(self.database.path.parent).free < self.free_disk_bytes + 2 * size:
                 break
-            used -= self._evict(tables, used + size - self.limit_bytes)
+            used -= self._evict(tables, used + size - self.limit_bytes, session_id)
+            if used + size > self.limit_bytes:
+                break  # what is left is this session's own beginning, worth more than its end
             row = [
-                block.id, block.fingerprint, block.ids, block.positions, block.data,
-                hashlib.sha256(block.data).digest(), size, time.time(),
+                block.id, size, time.time(), block.fingerprint, block.ids, block.positions,
+                hashlib.sha256(block.data).digest(), block.data,
             ]  # fmt: skip
             tables.conn.execute("insert into blocks values (?, ?, ?, ?, ?, ?, ?, ?)", row)
             self._own(tables, session_id, [block.id])
@@ -69,10 +74,15 @@ class Blocks:
         return int(tables.conn.execute("select coalesce(sum(bytes), 0) from blocks").fetchone()[0])
 
     @staticmethod
-    def _evict(tables: Tables, excess: int) -> int:
+    def _evict(tables: Tables, excess: int, session_id: int | None) -> int:
+        """Delete least recently used blocks, none of `session_id`'s own; returns the bytes freed."""
         freed = 0
+        oldest = (
+            "select id, bytes from blocks where id not in (select block_id from session_blocks where session_id is ?) "
+            "order by used_at, rowid limit 1"
+        )
         while freed < excess:
-            row = tables.conn.execute("select id, bytes from blocks order by used_at, rowid limit 1").fetchone()
+            row = tables.conn.execute(oldest, [session_id]).fetchone()
             if row is None:
                 break
             tables.conn.execute("delete from blocks where id = ?", [row[0]])
@@ -102,9 +112,12 @@ class Blocks:
 
     @staticmethod
     def _own(tables: Tables, session_id: int | None, ids: Iterable[bytes]) -> None:
-        # the session may have been removed meanwhile; then there is nobody to own anything
-        insert = "insert or ignore into session_blocks select id, ? from sessions where id = ?"
-        tables.conn.executemany(insert, [(i, session_id) for i in ids])
+        # session and block may have gone meanwhile; then there is nothing to own
+        insert = (
+            "insert or ignore into session_blocks "
+            "select s.id, b.id from sessions s, blocks b where s.id = ? and b.id = ?"
+        )
+        tables.conn.executemany(insert, [(session_id, i) for i in ids])
 
     def touch(self, tables: Tables, ids: list[bytes], session_id: int | None = None) -> None:
         """Mark blocks as used now, and by `session_id`, inside the caller's transaction."""

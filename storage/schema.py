@@ -42,8 +42,9 @@ def documents(tables: Tables) -> None:
 def sessions(tables: Tables) -> None:
     """Sessions: token ids in append-only runs (saving is incremental), the stream's passages, answers and sources."""
     tables.conn.execute(
+        # ids are never used twice: what still runs for a removed session must not reach a new one
         """create table sessions (
-            id integer primary key,
+            id integer primary key autoincrement,
             name text not null unique,
             model text not null,
             vocabulary text not null,         -- hash of the vocabulary that the token ids belong to
@@ -96,15 +97,16 @@ def blocks(tables: Tables) -> None:
     tables.conn.execute(
         """create table blocks (
             id blob primary key,
+            bytes integer not null,
+            used_at real not null,
             fingerprint text not null,
             ids blob not null,
             positions blob not null,
-            data blob not null,
             checksum blob not null,           -- sha256 of data
-            bytes integer not null,
-            used_at real not null
+            data blob not null                -- last: what stands behind it is reached only by reading through it
         ) strict"""
     )
+    tables.conn.execute("create index blocks_bytes on blocks(bytes)")  # their sum is read from the index alone
     tables.conn.execute("create index blocks_used on blocks(used_at)")
     tables.conn.execute(
         # blocks hold token ids, so removing a session must find the blocks that were its own

@@ -147,6 +147,8 @@ class Sessions:
 
     def add_answer(self, tables: Tables, session_id: int, kind: str, tokens: int, answer: dict[str, Any]) -> int:
         """Store an answer with its sources, inside the caller's transaction; returns its id."""
+        if tables.conn.execute("select 1 from sessions where id = ?", [session_id]).fetchone() is None:
+            raise StorageError("this session was removed meanwhile; its answer is not stored")
         row = [
             session_id, kind, answer["question"], answer["text"], tokens,
             json.dumps(answer["usage"]), json.dumps(answer["timing"]), json.dumps(answer["sources"]), now(),

@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import threading
 
 import pytest
 
@@ -294,3 +295,95 @@ async def test_the_event_loop_stays_free_while_the_device_works(tmp_path):
             del runner.forward
         assert len(inside) >= 5
         assert ticks > len(inside)  # the loop turned several times within each forward
+
+
+async def test_a_cancelled_save_finishes_so_that_memory_and_database_agree(tmp_path):
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s")
+        release = threading.Event()
+        assistant.database.submit(lambda _tables: release.wait(30))  # the writer is busy
+        task = asyncio.create_task(session.feed(TEXT[:64]))
+        while session.tokens == 0 or session.sequence.pending:  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.sleep(0.05)
+        release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert assistant.sessions.get("s").tokens == session.tokens == 64
+        await session.feed("And on.")
+        assert assistant.sessions.get("s").tokens == session.tokens
+
+
+async def test_what_still_runs_for_a_removed_session_never_reaches_a_new_one(tmp_path):
+    async with opened(tmp_path) as assistant:
+        alice = await assistant.session("alice")
+        await alice.feed("Alice's secret. " * 10)
+        pieces = alice.ask("Tell it!", max_tokens=12)
+        await anext(pieces)
+        await assistant.remove_session("alice")
+        bob = await assistant.session("bob")
+        with pytest.raises(StorageError, match="removed"):
+            async for _ in pieces:
+                pass
+        with pytest.raises(StorageError, match="removed"):
+            await alice.feed("More secrets.")
+        assert bob.tokens == 0
+        assert assistant.sessions.answers(bob.id) == []
+        assert assistant.blocks.usage() == (0, 0)
+    assert b"secret" not in (tmp_path / "t.db").read_bytes()
+
+
+async def test_one_sessions_error_on_the_device_is_its_own(tmp_path):
+    async with opened(tmp_path) as assistant:
+        good, bad = await assistant.session("good"), await assistant.session("bad")
+        await good.feed("Some text. ")
+        alone = await good.answer("What?")
+        with pytest.raises(BadInput, match="token ids"):
+            await bad.feed_ids([5000])
+        bad.stream.append(5000)
+        bad.sequence.context.append([5000])  # past the check, as a bug would
+        answers = await asyncio.gather(good.answer("What?"), bad.answer("What?"), return_exceptions=True)
+        assert answers[0].text == alone.text
+        assert isinstance(answers[1], IndexError)
+
+
+async def test_a_full_remembered_session_opens_again(tmp_path):
+    async with opened(tmp_path, window="refuse") as assistant:
+        session = await assistant.session("s")
+        room = session.sequence.context.room - session.headroom
+        await session.feed("x" * room)
+        await session.answer("And?", remember=True, max_tokens=4)
+        text = list(session.sequence.context.text)
+    async with opened(tmp_path, window="refuse") as assistant:
+        session = await assistant.session("s")
+        assert session.sequence.context.text == text
+
+
+async def test_a_short_context_slides_in_smaller_chunks(tmp_path):
+    async with opened(tmp_path, context_tokens=128, passage_tokens=16, budget_tokens=512, max_tokens=8) as assistant:
+        session = await assistant.session("s")
+        report = await session.feed(TEXT)
+        assert session.tokens == len(TEXT)
+        assert report.slides > 2
+        assert (await session.answer("What?")).usage.generated > 0
+
+
+async def test_spans_are_right_in_text_of_many_bytes_a_character(tmp_path):
+    text = "".join(f"Größe {i}: 日本語のテキスト€ und Wörter ohne Ende " for i in range(30))
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s")
+        await session.feed(text)
+        spans = session.index.spans
+        assert len(spans) > 20
+        for a, b, first, last in spans:
+            assert bytes(session.stream[a:b].tolist()).decode() == text[first:last]
+
+
+async def test_searching_from_many_tasks_indexes_documents_once(tmp_path):
+    async with opened(tmp_path) as assistant:
+        for i in range(30):
+            await assistant.add_document(f"d{i}", f"Document {i} tells of topic{i}.")
+        found = await asyncio.gather(*(assistant.search(f"topic{i}", 3) for i in range(12)))
+        assert [hits[0].document for hits in found] == [f"d{i}" for i in range(12)]
+        assert len(assistant.retriever.documents.passages) == assistant.documents.revision()[0] == 60
