@@ -36,7 +36,8 @@ check: $(VENV)/installed-test
 	MYPYPATH=.links $(BIN)/mypy benchmarks
 
 bench: $(VENV)/installed-test
-	$(BIN)/python -m benchmarks.stride --lengths 512,2048,3968 --stride 16 --passage 128 --json docs/benchmarks/stride.json
+	$(BIN)/python -m benchmarks.stride --lengths 512,2048,3968 --stride 16 --passage 128 --json docs/benchmarks/stride.json --plot docs/benchmarks/stride.png
+	$(BIN)/python -m benchmarks.snapshots --json docs/benchmarks/snapshots.json
 
 clean:
 	rm -rf $(VENV) .links build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -70,3 +70,31 @@ def report(rows: Sequence[Row], ratios: dict[str, float], extra: dict[str, Any],
         }
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def plot(rows: Sequence[Row], title: str, to: Path) -> None:
+    """Medians as bars, a group a setting's length, the range of the runs as a line."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    systems = list(dict.fromkeys(row.system for row in rows))
+    lengths = list(dict.fromkeys(str(row.setting["length"]) for row in rows))
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    width = 0.8 / len(systems)
+    for s, system in enumerate(systems):
+        mine = {str(row.setting["length"]): row for row in rows if row.system == system}
+        places = [i + (s - (len(systems) - 1) / 2) * width for i, length in enumerate(lengths) if length in mine]
+        found = [mine[length] for length in lengths if length in mine]
+        spread = [[r.median - min(r.runs) for r in found], [max(r.runs) - r.median for r in found]]
+        bars = axes.bar(places, [r.median for r in found], width, yerr=spread, capsize=2, label=system)
+        axes.bar_label(bars, [f"{r.median:.2g}" for r in found], fontsize=7, padding=2)
+    axes.set_xticks(range(len(lengths)), lengths)
+    axes.set_ylabel(rows[0].unit)
+    axes.set_title(title)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, dpi=150)
+    plt.close(figure)

@@ -7,7 +7,7 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
-from benchmarks.common import Row, report
+from benchmarks.common import Row, plot, report
 from longstride.engine.model import Model, load_model
 from longstride.scheduler.assistant import Assistant
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     model = load_model(options.model)
     text = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt").read_text(encoding="utf-8")
@@ -53,6 +54,8 @@ def main() -> None:
         rows += [reading, restoring]
         ratios[f"re-read @ {length} tokens"] = reading.median / restoring.median
     report(rows, ratios, {"dtype": str(model.runner.dtype)}, options.json)
+    if options.plot is not None:
+        plot(rows, "Coming back to a session (lower is better)", options.plot)
 
 
 if __name__ == "__main__":

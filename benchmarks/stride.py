@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.common import Row, report
+from benchmarks.common import Row, plot, report
 from longstride.engine.context import Context, Placement
 from longstride.engine.model import Model, choose_device, choose_dtype, load_model
 from longstride.engine.pieces import MemoryPieces
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", type=Path, help="a text file; the shipped chapters when not given")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
 
     from transformers import AutoModelForCausalLM
@@ -201,6 +202,8 @@ def main() -> None:
                 ratios[f"{peer_name} @ {length} tokens, {ours}"] = medians[peer_name] / medians[ours]
     extra = {"stride": options.stride, "passage": options.passage, "dtype": str(model.runner.dtype)}
     report(rows, ratios, extra, options.json)
+    if options.plot is not None:
+        plot(rows, "A stride of the re-retrieval loop (lower is better)", options.plot)
 
 
 if __name__ == "__main__":

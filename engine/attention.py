@@ -202,7 +202,8 @@ def attention(
         bias = piece.bias(query.dtype, query.device)
         outs.append(kernel(query[0, :, at : at + n], keys, values, bias, scale))
         at += n
-    return torch.cat(outs, dim=1).transpose(0, 1)[None], None
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    return out.transpose(0, 1)[None], None
 
 
 def _no_mask(*_args: object, **_kwargs: object) -> None:
