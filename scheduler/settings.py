@@ -42,7 +42,7 @@ class SessionSettings(BaseModel):
     top_k: int = Field(0, ge=0, description="sample among so many best tokens; 0 is all")
     top_p: float = Field(1.0, gt=0, le=1, description="sample among the best tokens of this probability together")
     min_p: float = Field(0.0, ge=0, le=1, description="leave out tokens below this share of the best one's probability")
-    repetition_penalty: float = Field(1.1, gt=0, description="divides the scores of tokens of the turn; 1 is none")
+    repetition_penalty: float = Field(1.0, gt=0, description="divides the scores of tokens of the turn; 1 is none")
     seed: int | None = Field(None, description="makes sampling repeatable")
 
     def sampling(self) -> "Sampling":

@@ -181,3 +181,24 @@ def test_shared_books_can_be_asked_about_their_beginning(tmp_path):
     run("read", book, "--session", "b", "--db", db, "--window", "sinks", "--context-tokens", 2048)
     answer = json.loads(run("ask", "-s", "b", question, "--db", db, "--json", "--max-tokens", 8).stdout)
     assert any(source["stop"] < len(text) // 3 for source in answer["sources"])
+
+
+def test_the_examples_run(tmp_path):
+    story = tmp_path / "story.txt"
+    story.write_text("Anna moved the launch to May. Ben objected, because the battery tests end in June.\n")
+    examples = Path(__file__).parents[2] / "examples"
+    calls = {
+        "read_and_ask.py": [str(story), "Why did Ben object?", str(tmp_path / "e.db")],
+        "engine_alone.py": [],
+    }
+    assert {path.name for path in examples.glob("*.py")} == set(calls)
+    for name, arguments in calls.items():
+        done = subprocess.run(
+            [sys.executable, str(examples / name), *arguments],
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "tokens reused" in done.stdout or "rows computed" in done.stdout
