@@ -133,8 +133,9 @@ def _flash_attention(
         attend(packed, keys[None, :, seen:], values[None, :, seen:], bias.repeat(heads // kv_heads, 1))
     if len(outs) == 1 and outs[0].shape[0] == 1:
         return outs[0].reshape(heads, n, -1)
-    weights = torch.softmax(torch.cat(sums), dim=0)
-    return (torch.cat(outs) * weights[..., None]).sum(0).reshape(heads, n, -1)
+    weights = torch.softmax(torch.cat(sums) if len(sums) > 1 else sums[0], dim=0)
+    parts = torch.cat(outs) if len(outs) > 1 else outs[0]
+    return (parts * weights[..., None]).sum(0).reshape(heads, n, -1)
 
 
 def _sdpa_attention(

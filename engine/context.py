@@ -179,7 +179,8 @@ class Context:
         """The rows from `start` to the end, as parts in row order."""
         cut = self.plain_rows
         beside = self.placement is Placement.BESIDE
-        parts = self._text_parts(0, cut, 0)
+        # only what is due is copied: a decoded token must not cost work that grows with the context
+        parts = self._text_parts(min(start, cut), cut, 0)
         row = cut
         for i, piece in enumerate(self.segment):
             if beside:
@@ -187,7 +188,8 @@ class Context:
             else:
                 parts.append(Part(row, piece, row))
             row += len(piece)
-        parts += self._text_parts(cut, len(self.text), row - cut)
+        shift = row - cut
+        parts += self._text_parts(max(cut, min(start - shift, len(self.text))), len(self.text), shift)
         pending = [part for part in parts if part.stop > start]
         if pending and pending[0].row < start:
             pending[0] = pending[0].split(start - pending[0].row)[1]
