@@ -73,7 +73,7 @@ def _visible_rows(buffer: torch.Tensor, piece: Slice) -> torch.Tensor:
 def _matmul_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Two matmuls with a softmax in fp32 between them: on CPU in bf16 several times faster than torch's kernels.
+    """Two matmuls with a softmax in fp32 between them: meant for CPUs with bf16 instructions.
 
     Query rows are taken in blocks so that the scores stay small.
     """
@@ -155,7 +155,7 @@ def _sdpa_attention(
 
 
 def _kernel(query: torch.Tensor, value: torch.Tensor) -> Kernel:
-    """The kernel for this device and dtype, by measurement (docs/methods.md has the figures)."""
+    """The kernel for this device and dtype (docs/methods.md says why)."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         return _matmul_attention
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
