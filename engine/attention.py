@@ -163,6 +163,37 @@ def _kernel(query: torch.Tensor, value: torch.Tensor) -> Kernel:
     return _sdpa_attention
 
 
+def attend(
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    plan: Sequence[Slice],
+    shapes: dict[int, LayerShape] | None = None,
+) -> torch.Tensor:
+    """One layer's attention over all slices of a forward: query [heads, T, d], key and value [kv heads, T, d] ->
+    [heads, T, d]. With `shapes` there is no plan: the layer's shape is recorded and the T tokens see each other.
+    """
+    if shapes is not None:
+        shapes[layer] = LayerShape(key.shape[0], key.shape[2], value.shape[2])
+        return functional.scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=True, scale=scaling, enable_gqa=True
+        )[0]
+    kernel = _kernel(query, value)
+    outs: list[torch.Tensor] = []
+    at = 0
+    for piece in plan:
+        n = len(piece.ids)
+        piece.cache.write(layer, piece.row, key[:, at : at + n], value[:, at : at + n])
+        keys = _visible_rows(piece.cache.keys[layer], piece)
+        values = _visible_rows(piece.cache.values[layer], piece)
+        bias = piece.bias(query.dtype, query.device)
+        outs.append(kernel(query[:, at : at + n], keys, values, bias, scaling))
+        at += n
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -176,8 +207,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [1, heads, T, d], key and value [1, kv heads, T, d].
 
-    With `shapes` it only records the layer's shape (the runner's probe). Raises `ModelError` for attention this
-    engine cannot truncate or does not compute.
+    Raises `ModelError` for attention this engine cannot truncate or does not compute.
     """
     layer = module.layer_idx
     if not isinstance(layer, int):
@@ -187,23 +217,8 @@ def attention(
             raise ModelError(
                 f"layer {layer} uses {name}, which Longstride does not support; use a full-attention model"
             )
-    if shapes is not None:
-        shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2), None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    kernel = _kernel(query, value)
-    outs: list[torch.Tensor] = []
-    at = 0
-    for piece in plan:
-        n = len(piece.ids)
-        piece.cache.write(layer, piece.row, key[0, :, at : at + n], value[0, :, at : at + n])
-        keys = _visible_rows(piece.cache.keys[layer], piece)
-        values = _visible_rows(piece.cache.values[layer], piece)
-        bias = piece.bias(query.dtype, query.device)
-        outs.append(kernel(query[0, :, at : at + n], keys, values, bias, scale))
-        at += n
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    out = attend(layer, query[0], key[0], value[0], scale, plan, shapes)
     return out.transpose(0, 1)[None], None
 
 

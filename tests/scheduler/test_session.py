@@ -297,14 +297,20 @@ async def test_the_event_loop_stays_free_while_the_device_works(tmp_path):
         assert ticks > len(inside)  # the loop turned several times within each forward
 
 
-async def test_a_cancelled_save_finishes_so_that_memory_and_database_agree(tmp_path):
+async def test_a_cancelled_save_finishes_so_that_memory_and_database_agree(tmp_path, monkeypatch):
     async with opened(tmp_path) as assistant:
         session = await assistant.session("s")
-        release = threading.Event()
+        release, saving = threading.Event(), asyncio.Event()
         assistant.database.submit(lambda _tables: release.wait(30))  # the writer is busy
+        write = assistant.database.awrite
+
+        async def announced(change):
+            saving.set()
+            return await write(change)
+
+        monkeypatch.setattr(assistant.database, "awrite", announced)
         task = asyncio.create_task(session.feed(TEXT[:64]))
-        while session.tokens == 0 or session.sequence.pending:  # noqa: ASYNC110 - there is no event for it
-            await asyncio.sleep(0.01)
+        await saving.wait()
         task.cancel()
         await asyncio.sleep(0.05)
         release.set()
