@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.common import Row, plot, report
+from benchmarks.peers import LlamaCpp, plain_model
 from longstride.engine.context import Context, Placement
-from longstride.engine.model import Model, choose_device, choose_dtype, load_model
+from longstride.engine.model import Model, load_model
 from longstride.engine.pieces import MemoryPieces
 from longstride.engine.sequence import Sequence
 from longstride.scheduler.index import PassageIndex, scores
@@ -101,13 +102,32 @@ class OwnPrepend:
         return len(ids)
 
 
-class Ours:
-    """Our loop. `seen`: passages' rows are in the store already, as for passages seen before."""
+class AppendLlamaCpp:
+    """llama.cpp with its cache kept: the passage at the end, cut off and replaced at each stride, as FlashBack does."""
 
-    def __init__(self, corpus: Corpus, model: Model, placement: Placement, passage: int, *, seen: bool) -> None:
+    def __init__(self, corpus: Corpus, llama: LlamaCpp) -> None:
+        self.corpus, self.llama = corpus, llama
+
+    def start(self, length: int) -> None:
+        self.at, self.boundary, self.found = length, length, -1
+        self.llama.run(0, [self.corpus.ids[:length]])
+
+    def stride(self, tokens: int) -> int:
+        self.found = self.corpus.search(self.at, self.found)
+        due = [*self.corpus.ids[self.boundary : self.at], *self.corpus.passages[self.found]]
+        forced = [[token] for token in self.corpus.ids[self.at : self.at + tokens - 1]]
+        self.llama.run(self.boundary, [due, *forced])
+        self.boundary, self.at = self.at, self.at + tokens
+        return len(due)
+
+
+class Ours:
+    """Our loop. `seen`: which passages' rows are in the store: `all`, as for passages seen before; `some`, those that
+    this stream has fetched already; `none`, as if each were new."""
+
+    def __init__(self, corpus: Corpus, model: Model, placement: Placement, passage: int, *, seen: str = "none") -> None:
         self.corpus, self.model, self.placement, self.passage = corpus, model, placement, passage
         self.seen = seen
-        self.store = MemoryPieces(model.fingerprint, 4 << 30)
 
     def start(self, length: int) -> None:
         runner, corpus = self.model.runner, self.corpus
@@ -115,15 +135,14 @@ class Ours:
             corpus.ids[:PROMPT], placement=self.placement, limit=runner.max_positions, reserved=self.passage,
             refresh=REFRESH,
         )  # fmt: skip
-        store = self.store if self.seen else MemoryPieces(self.model.fingerprint, 0)
+        store = MemoryPieces(self.model.fingerprint, 0 if self.seen == "none" else 4 << 30)
         self.sequence = Sequence(runner, context, max_rows=runner.max_positions + self.passage, store=store)
         context.append(corpus.ids[PROMPT:length])
         self.sequence.run(runner)
-        if self.seen:
+        if self.seen == "all":
             for piece in corpus.passages:
-                if self.store.get(context.text[: context.sink], piece, context.sink) is None:
-                    self.sequence.rewrite([piece])
-                    self.sequence.run(runner)
+                self.sequence.rewrite([piece])
+                self.sequence.run(runner)
             self.sequence.rewrite([])
             self.sequence.run(runner)
         self.at, self.found = length, -1
@@ -158,27 +177,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="strides of each system and length that are measured")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", type=Path, help="a text file; the shipped chapters when not given")
+    parser.add_argument("--llama-python", type=Path, help="a Python with llama-cpp-python, to measure it as well")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
 
-    from transformers import AutoModelForCausalLM
-
-    from longstride.engine.embedded import embedded_folder
-
     model = load_model(options.model)
-    folder = embedded_folder() if options.model == "smollm2" else options.model
-    device = choose_device("auto")
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=choose_dtype("auto", device)).to(device).eval()
+    peer = plain_model(options.model)
     shipped = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt")
     corpus = Corpus(model, options.text.read_text() if options.text else shipped.read_text(), options.passage)
     systems: dict[str, System] = {
         "transformers-prepend": Transformers(corpus, peer),
         "own-prepend": OwnPrepend(corpus, model),
-        "end": Ours(corpus, model, Placement.END, options.passage, seen=False),
-        "beside": Ours(corpus, model, Placement.BESIDE, options.passage, seen=True),
-        "beside-new": Ours(corpus, model, Placement.BESIDE, options.passage, seen=False),
+        "end": Ours(corpus, model, Placement.END, options.passage),
+        "beside": Ours(corpus, model, Placement.BESIDE, options.passage, seen="all"),
+        "beside-stream": Ours(corpus, model, Placement.BESIDE, options.passage, seen="some"),
+        "beside-new": Ours(corpus, model, Placement.BESIDE, options.passage),
     }
+    peers = ["transformers-prepend", "own-prepend"]
+    if options.llama_python is not None:
+        for name, flash in (("llama.cpp", False), ("llama.cpp, flash", True)):
+            systems[name] = AppendLlamaCpp(corpus, LlamaCpp(options.llama_python, flash=flash))
+            peers.append(name)
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for length in map(int, options.lengths.split(",")):
@@ -197,8 +217,8 @@ def main() -> None:
             row.setting["encoded"] = encoded[name]
             medians[name] = row.median
         rows += made.values()
-        for peer_name in ("transformers-prepend", "own-prepend"):
-            for ours in ("end", "beside", "beside-new"):
+        for peer_name in peers:
+            for ours in ("end", "beside", "beside-stream", "beside-new"):
                 ratios[f"{peer_name} @ {length} tokens, {ours}"] = medians[peer_name] / medians[ours]
     extra = {"stride": options.stride, "passage": options.passage, "dtype": str(model.runner.dtype)}
     report(rows, ratios, extra, options.json)

@@ -61,6 +61,15 @@ class KVCache:
         """Bytes held by the buffers."""
         return self._capacity * self.layout.row_bytes
 
+    def bytes_for(self, rows: int) -> int:
+        """Bytes that the buffers may take once `rows` rows were written (they grow by doubling)."""
+        return max(self._capacity, min(self.limit, 2 * rows)) * self.layout.row_bytes
+
+    def clear(self) -> None:
+        """Forget all rows and give the buffers back."""
+        self.length = self._capacity = 0
+        self.keys, self.values = [], []
+
     def reserve(self, rows: int) -> None:
         """Make room for `rows` rows in all. Raises `ContextFull` past the limit, before anything is changed."""
         if rows > self.limit:
@@ -122,7 +131,8 @@ class KVCache:
         """Raise `AssertionError` if the structure contradicts itself; tests call this after every step."""
         if not 0 <= self.length <= self._capacity <= self.limit:
             raise AssertionError(f"length {self.length}, capacity {self._capacity}, limit {self.limit}")
-        for shape, keys, values in zip(self.layout.layers, self.keys, self.values, strict=True):
+        layers = self.layout.layers if self._capacity else ()
+        for shape, keys, values in zip(layers, self.keys, self.values, strict=True):
             if keys.shape != (shape.heads, self._capacity, shape.key_size):
                 raise AssertionError(f"keys {tuple(keys.shape)}")
             if values.shape != (shape.heads, self._capacity, shape.value_size):

@@ -149,7 +149,7 @@ def _packs(weight: torch.Tensor) -> bool:
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
-def _fits_half(weight: torch.Tensor) -> bool:
+def fits_half(weight: torch.Tensor) -> bool:
     """Whether fp16 holds these weights without loss, as it does for checkpoints stored in fp16 or bf16.
 
     The smallest of bf16 are rounded, by less than what fp32 rounds in any product with the largest.
@@ -172,7 +172,7 @@ def _linear(parts: list[nn.Linear]) -> Linear:
         bias = torch.cat(zeros)
     if not _packs(weight):
         return lambda x: functional.linear(x, weight, bias)
-    if "fbgemm" in torch.backends.quantized.supported_engines and _fits_half(weight):
+    if "fbgemm" in torch.backends.quantized.supported_engines and fits_half(weight):
         # fp16 weights, fp32 inputs and sums: half the bytes to stream for a decode step
         half = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         half_product = torch.ops.quantized.linear_dynamic_fp16.default

@@ -14,6 +14,7 @@ from longstride.engine.pieces import MemoryPieces
 from longstride.errors import BadInput
 from longstride.scheduler.device import Device
 from longstride.scheduler.passages import split_text
+from longstride.scheduler.residency import Residency
 from longstride.scheduler.retriever import Passage, Retriever
 from longstride.scheduler.session import Core, Session
 from longstride.scheduler.settings import SessionSettings, Settings, changed, load_settings
@@ -73,6 +74,7 @@ class Assistant:
             self.sessions,
             self.blocks,
             self.pieces,
+            Residency(settings.cache_limit_bytes),
             settings.block_tokens,
         )
         return self
@@ -116,6 +118,7 @@ class Assistant:
             else:
                 session = await self._resume(stored, changes)
             self._open[name] = session
+            self.core.residency.admit(session.snapshot)
             return session
 
     async def has_session(self, name: str) -> bool:
@@ -154,6 +157,7 @@ class Assistant:
         held = self._open.pop(name, None)
         if held is not None:
             held.retire("it was removed")
+            self.core.residency.forget(held.snapshot)
         await self.database.awrite(lambda tables: self.sessions.remove(tables, stored.id))
 
     # --- documents ---

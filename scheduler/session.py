@@ -7,7 +7,7 @@ from array import array
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,8 +23,9 @@ from longstride.errors import BadInput, ContextFull, StorageError
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
 from longstride.scheduler.device import Device
 from longstride.scheduler.passages import StreamSplitter
+from longstride.scheduler.residency import Residency
 from longstride.scheduler.retriever import Retriever, StreamIndex
-from longstride.scheduler.settings import SessionSettings, changed
+from longstride.scheduler.settings import SessionSettings, changed, changed_for_answer
 from longstride.scheduler.snapshot import Snapshot, to_bytes
 from longstride.scheduler.turn import Turn
 from longstride.storage.blocks import Block, Blocks
@@ -46,6 +47,7 @@ class Core:
     sessions: Sessions
     blocks: Blocks
     pieces: MemoryPieces
+    residency: Residency
     block_tokens: int
 
 
@@ -190,8 +192,7 @@ class Session:
                 "(context_tokens)"
             )
         report = ReadReport(tokens=len(ids))
-        async with self._lock:
-            self._usable()
+        async with self._work(len(ids)):
             before = self.sequence.computed
             room = self.sequence.context.room - self.headroom
             if self.settings.window == "refuse" and len(ids) > room:
@@ -291,6 +292,18 @@ class Session:
         """Whether memory and database still say the same; if not, the assistant opens the session anew."""
         return self._failure is None
 
+    @asynccontextmanager
+    async def _work(self, tokens: int) -> AsyncGenerator[None, None]:
+        """This session's operation, alone, with its KV on the device and room for `tokens` more."""
+        async with self._lock:
+            self._usable()
+            segment = self.settings.passages * self.settings.passage_tokens
+            rows = self.sequence.context.rows + segment + tokens
+            async with self.core.residency.working(self.snapshot, rows):
+                for problem in await self.snapshot.wake(self.id):
+                    log.warning("session %s: %s", self.name, problem)
+                yield
+
     def _usable(self) -> None:
         if self._failure is not None:
             raise StorageError(f"session {self.name!r} must be opened again, because saving failed: {self._failure}")
@@ -306,11 +319,10 @@ class Session:
         """
         if not question.strip():
             raise BadInput("the question is empty")
-        settings = self._for_answer(changes)
+        settings = changed_for_answer(self.settings, changes)
         head = self.core.model.tokenizer.encode(f"\n\n{question.strip()}")
         last: Piece | None = None
-        async with self._lock:
-            self._usable()
+        async with self._work(len(head) + settings.max_tokens):
             turn = Turn(self, settings, question, [*head, *self.frame.answer])
             async with aclosing(turn.run("ask", remember=remember)) as pieces:
                 async for piece in pieces:
@@ -332,28 +344,13 @@ class Session:
 
     async def note(self) -> Answer:
         """A running note on what was read last; stored like an answer."""
-        async with self._lock:
-            self._usable()
+        async with self._work(self.settings.max_tokens):
             return await self._note()
 
     @property
     def question_room(self) -> int:
         """Tokens of a question that fit without sliding the window."""
         return max(0, self.sequence.context.room - self.settings.max_tokens)
-
-    def _for_answer(self, changes: dict[str, object]) -> SessionSettings:
-        fixed = {
-            "placement",
-            "passage_tokens",
-            "passages",
-            "refresh",
-            "window",
-            "context_tokens",
-            "system",
-        } & set(changes)
-        if fixed:
-            raise BadInput(f"{', '.join(sorted(fixed))} belongs to the session and cannot change for one answer")
-        return changed(self.settings, dict(changes))
 
     def _note_tokens(self) -> int:
         """Tokens that a note's question and a few tokens of its answer take."""

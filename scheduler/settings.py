@@ -70,6 +70,9 @@ class Settings(SessionSettings, BaseSettings):
     budget_tokens: int = Field(512, ge=16, description="new tokens a forward at most")
     block_tokens: int = Field(64, ge=1, description="tokens a stored KV block")
     blocks_limit_bytes: int = Field(8 << 30, ge=0, description="bytes of stored KV at most")
+    cache_limit_bytes: int = Field(
+        4 << 30, ge=0, description="bytes of open sessions' KV in memory; idle ones make room"
+    )
     pieces_limit_bytes: int = Field(512 << 20, ge=0, description="bytes of passage KV kept in memory at most")
     cache: Path | None = Field(None, description="where converted models are kept (read from the environment)")
 
@@ -105,6 +108,14 @@ def changed(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettin
         return SessionSettings(**{**settings.model_dump(), **changes})
     except ValidationError as error:
         raise BadInput(_sentence(error)) from error
+
+
+def changed_for_answer(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettings:
+    """`changed`, refusing what would change the session itself."""
+    fixed = {"placement", "passage_tokens", "passages", "refresh", "window", "context_tokens", "system"} & set(changes)
+    if fixed:
+        raise BadInput(f"{', '.join(sorted(fixed))} belongs to the session and cannot change for one answer")
+    return changed(settings, changes)
 
 
 def _sentence(error: ValidationError) -> str:

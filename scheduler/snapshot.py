@@ -105,6 +105,30 @@ class Snapshot:
                 problems.append(f"the blocks could not be marked as used: {error}")
         return len(found) * self.block_tokens, problems
 
+    # --- on the device or not (see `Residency`) ---
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of KV on the device."""
+        return self.sequence.cache.allocated_bytes
+
+    def bytes_for(self, rows: int) -> int:
+        """Bytes of KV that `rows` rows may take."""
+        return self.sequence.cache.bytes_for(rows)
+
+    def suspend(self) -> None:
+        """Let go of the KV on the device; what was stored of it stays."""
+        self.sequence.cache.clear()
+
+    async def wake(self, session_id: int) -> list[str]:
+        """Bring the KV back if it was suspended: stored blocks are read, the rest is computed with the next forward.
+
+        Returns what was wrong with blocks, as `restore` does.
+        """
+        if self.held_bytes:
+            return []
+        return (await self.restore(session_id))[1]
+
     def _load(self) -> tuple[list[bytes], list[str]]:
         found: list[bytes] = []
         problems: list[str] = []

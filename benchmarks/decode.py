@@ -1,0 +1,159 @@
+"""One step at a time: decoding and a rewrite by context length, and a long read, beside transformers and llama.cpp.
+
+The physical limit printed with it: bytes of weights and KV that a step must read over the memory bandwidth measured in
+the same run, and the arithmetic of a rewrite over the measured rate of a large matrix product.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import Row, plot, report
+from benchmarks.peers import LlamaCpp, plain_model
+from longstride.engine.context import Context, Placement
+from longstride.engine.fuse import fits_half
+from longstride.engine.model import Model, load_model
+from longstride.engine.sequence import Sequence
+
+
+def ours(model: Model, ids: list[int]) -> tuple[Sequence, Callable[[int], float]]:
+    """A sequence that has read `ids`, and a function that computes n more tokens and forgets them: seconds."""
+    runner = model.runner
+    context = Context(ids[:16], placement=Placement.END, limit=runner.max_positions, reserved=0)
+    sequence = Sequence(runner, context, max_rows=runner.max_positions)
+    context.append(ids[16:])
+    sequence.run(runner)
+
+    def step(count: int) -> float:
+        context.append(ids[:count])
+        began = time.perf_counter()
+        logits = sequence.run(runner)
+        if logits is None:
+            raise RuntimeError("nothing was due")
+        logits[-1].argmax().item()
+        seconds = time.perf_counter() - began
+        del context.text[len(ids) :]
+        sequence.cache.truncate(len(ids))
+        return seconds
+
+    return sequence, step
+
+
+def theirs(model: Any, ids: list[int]) -> Callable[[int], float]:
+    """transformers with its DynamicCache and sdpa: the same function."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for at in range(0, len(ids), 512):
+            model(input_ids=torch.tensor([ids[at : at + 512]]), past_key_values=cache, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def step(count: int) -> float:
+        began = time.perf_counter()
+        out = model(input_ids=torch.tensor([ids[:count]]), past_key_values=cache, logits_to_keep=1)
+        out.logits[0, -1].argmax().item()
+        seconds = time.perf_counter() - began
+        cache.crop(-count)
+        return seconds
+
+    return step
+
+
+def limits(model: Model, plain: Any, length: int) -> dict[str, float]:
+    """Seconds that a decode step and a 144-token rewrite at `length` cannot go below on this machine."""
+    big = torch.randn(100_000_000)
+    read, products = [], []
+    square = torch.randn(1536, 1536, dtype=model.runner.dtype)
+    for _ in range(5):
+        began = time.perf_counter()
+        big.sum()
+        read.append(big.numel() * 4 / (time.perf_counter() - began))
+        began = time.perf_counter()
+        square @ square
+        products.append(2 * 1536**3 / (time.perf_counter() - began))
+    layout, config = model.runner.layout, plain.config
+    weights = [parameter for parameter in plain.parameters() if parameter.dim() > 1]
+    stored = sum(w.numel() * (2 if fits_half(w.detach()) else w.element_size()) for w in weights)
+    # all tokens pass the layers, one the head
+    numbers = sum(w.numel() for w in weights) - config.vocab_size * config.hidden_size * 143 / 144
+    flops = 144 * (2 * numbers + 4 * length * config.hidden_size * config.num_hidden_layers)
+    return {
+        "bandwidth_gb_s": max(read) / 1e9,
+        "gflop_s": max(products) / 1e9,
+        "decode_s": (stored + length * layout.row_bytes) / max(read),
+        "rewrite_144_s": flops / max(products),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", default="64,1024,4096")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--read", type=int, default=8000, help="tokens read from nothing; 0 leaves this part out")
+    parser.add_argument("--llama-python", type=Path, help="a Python with llama-cpp-python, to measure it as well")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    model, plain = load_model(options.model), plain_model(options.model)
+    text = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt").read_text(encoding="utf-8")
+    ids = model.tokenizer.encode(text)
+    ids = (ids * (1 + 8192 // len(ids)))[:8192]
+    llamas = {}
+    if options.llama_python is not None:
+        llamas = {
+            name: LlamaCpp(options.llama_python, flash=flash)
+            for name, flash in (("llama.cpp", False), ("llama.cpp, flash", True))
+        }
+    rows: list[Row] = []
+    ratios: dict[str, float] = {}
+    bounds: dict[str, Any] = {}
+    for length in map(int, options.lengths.split(",")):
+        steps = {"ours": ours(model, ids[:length])[1], "transformers": theirs(plain, ids[:length])}
+        for name, llama in llamas.items():
+            steps[name] = llama.step(ids[:length])
+        for count in (1, 16, 144):
+            made = {name: Row(name, {"length": f"{length} tokens", "new": count}, "ms a forward") for name in steps}
+            for step in steps.values():
+                step(count)  # warm-up
+            for _ in range(options.rounds if count == 1 else max(3, options.rounds // 3)):
+                for name, step in steps.items():
+                    made[name].runs.append(1000 * step(count))
+            rows += made.values()
+            for name in list(steps)[1:]:
+                ratios[f"{name} @ {length} tokens, {count} new"] = made[name].median / made["ours"].median
+        bounds[f"{length} tokens"] = limits(model, plain, length)
+    if options.read:
+        setting = {"length": f"{options.read} tokens", "new": "all"}
+        made = {name: Row(name, dict(setting), "s") for name in ("ours", "transformers", *llamas)}
+        for _ in range(2):
+            for name, row in made.items():
+                began = time.perf_counter()
+                if name == "ours":
+                    ours(model, ids[: options.read])
+                elif name == "transformers":
+                    theirs(plain, ids[: options.read])
+                else:
+                    llamas[name].run(0, [ids[: options.read]])
+                row.runs.append(time.perf_counter() - began)
+        rows += made.values()
+        for name in list(made)[1:]:
+            ratios[f"{name} @ reading {options.read} tokens"] = made[name].median / made["ours"].median
+    for llama in llamas.values():
+        llama.close()
+    versions = {"llama_cpp_python": next(iter(llamas.values())).version} if llamas else {}
+    report(rows, ratios, {"dtype": str(model.runner.dtype), "limits": bounds, **versions}, options.json)
+    if options.plot is not None:
+        single = [row for row in rows if row.setting["new"] == 1]
+        plot(single, "One token, by tokens in the context (ms, lower is better)", options.plot)
+
+
+if __name__ == "__main__":
+    main()
