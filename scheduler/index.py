@@ -8,8 +8,10 @@ the scores to a fresh bm25s index over the same passages.
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 K1, B = 1.5, 0.75
 MERGE_AT = 20_000  # postings in the tail; below this a merge costs more than it saves
+MANY = 256  # passages that are sorted at once and pass the tail by
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -38,12 +41,28 @@ class _Merged:
     passages: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
     counts: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
 
+    def plus(self, vocabulary: int, terms: Ints, passages: Ints, counts: Floats) -> "_Merged":
+        """With more postings, of passages behind all that are here, in the order of passages."""
+        order = np.argsort(terms, kind="stable")
+        more = np.zeros(vocabulary + 1, np.int64)
+        np.cumsum(np.bincount(terms, minlength=vocabulary), out=more[1:])
+        big = np.concatenate([self.starts, np.full(vocabulary + 1 - len(self.starts), self.starts[-1])])
+        # an old posting moves by the new postings of smaller terms; a new one stands behind its term's old ones
+        from_old = np.arange(len(self.passages)) + np.repeat(more[:-1], np.diff(big))
+        from_new = np.arange(len(terms)) + big[1:][terms[order]]
+        total = len(from_old) + len(terms)
+        merged = _Merged(big + more, np.empty(total, np.int32), np.empty(total, np.float32))
+        merged.passages[from_old], merged.passages[from_new] = self.passages, passages[order]
+        merged.counts[from_old], merged.counts[from_new] = self.counts, counts[order]
+        return merged
+
 
 class PassageIndex:
     """Postings of passages numbered 0, 1, ... in the order of adding. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._adding = threading.Lock()
         self._merging = threading.Lock()
         self._vocabulary: dict[str, int] = {}
         self._merged = _Merged()
@@ -57,21 +76,59 @@ class PassageIndex:
         self.total_length = 0
 
     def add(self, texts: Sequence[str]) -> None:
-        """Add passages. Cost: that of the new ones."""
-        new = terms_of(texts)
+        """Add passages. Cost: that of the new ones, and for many at once that of moving the old postings."""
+        with self._adding:
+            if len(texts) >= MANY:
+                self._add_many(texts)
+                return
+            new = terms_of(texts)
+            with self._lock:
+                self._make_room(len(new))
+                for terms in new:
+                    self._lengths[self.size] = len(terms)
+                    for term, count in Counter(terms).items():
+                        id_ = self._vocabulary.setdefault(term, len(self._vocabulary))
+                        self._where.setdefault(id_, []).append(len(self._terms))
+                        self._terms.append(id_)
+                        self._passages.append(self.size)
+                        self._counts.append(count)
+                    self.size += 1
+                    self.total_length += len(terms)
+
+    def _add_many(self, texts: Sequence[str]) -> None:
+        tokens = bm25s.tokenize(list(texts), stopwords="english", show_progress=False)
+        lengths = np.fromiter(map(len, tokens.ids), np.int64, len(texts))
+        flat = np.fromiter(chain.from_iterable(tokens.ids), np.int64, int(lengths.sum()))
+        self.merge()
         with self._lock:
-            for terms in new:
-                if self.size == len(self._lengths):
-                    self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
-                self._lengths[self.size] = len(terms)
-                for term, count in Counter(terms).items():
-                    id_ = self._vocabulary.setdefault(term, len(self._vocabulary))
-                    self._where.setdefault(id_, []).append(len(self._terms))
-                    self._terms.append(id_)
-                    self._passages.append(self.size)
-                    self._counts.append(count)
-                self.size += 1
-                self.total_length += len(terms)
+            ids = np.fromiter(
+                (self._vocabulary.setdefault(term, len(self._vocabulary)) for term in tokens.vocab),
+                np.int64,
+                len(tokens.vocab),
+            )
+            vocabulary, base = len(self._vocabulary), self.size
+        order = np.fromiter(tokens.vocab.values(), np.int64, len(tokens.vocab))
+        to_global = np.empty_like(ids)
+        to_global[order] = ids
+        passages = np.repeat(np.arange(len(texts)), lengths)
+        keys, counts = np.unique(passages * vocabulary + to_global[flat], return_counts=True)
+        with self._merging:
+            merged = self._merged.plus(
+                vocabulary,
+                (keys % vocabulary).astype(np.int32),
+                (keys // vocabulary + base).astype(np.int32),
+                counts.astype(np.float32),
+            )
+            with self._lock:
+                self._make_room(len(texts))
+                self._lengths[base : base + len(texts)] = lengths
+                self._merged = merged
+                self.size += len(texts)
+                self.total_length += int(lengths.sum())
+
+    def _make_room(self, passages: int) -> None:
+        while self.size + passages > len(self._lengths):
+            self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
 
     @property
     def merge_due(self) -> bool:
@@ -83,29 +140,42 @@ class PassageIndex:
         with self._merging:
             with self._lock:
                 old, size, vocabulary = self._merged, len(self._terms), len(self._vocabulary)
-                terms = np.array(self._terms, np.int64)
+                terms = np.array(self._terms, np.int32)
                 passages = np.array(self._passages, np.int32)
                 counts = np.array(self._counts, np.float32)
-            order = np.argsort(terms, kind="stable")
-            tail = np.zeros(vocabulary + 1, np.int64)
-            np.cumsum(np.bincount(terms, minlength=vocabulary), out=tail[1:])
-            big = np.concatenate([old.starts, np.full(vocabulary + 1 - len(old.starts), old.starts[-1])])
-            # an old posting moves by the tail's postings of smaller terms; a new one stands behind its term's old ones
-            from_old = np.arange(len(old.passages)) + np.repeat(tail[:-1], np.diff(big))
-            from_tail = np.arange(size) + big[1:][terms[order]]
-            merged = _Merged(
-                big + tail,
-                np.empty(len(from_old) + size, np.int32),
-                np.empty(len(from_old) + size, np.float32),
-            )
-            merged.passages[from_old], merged.passages[from_tail] = old.passages, passages[order]
-            merged.counts[from_old], merged.counts[from_tail] = old.counts, counts[order]
+            merged = old.plus(vocabulary, terms, passages, counts)
             with self._lock:
                 self._merged = merged
                 del self._terms[:size], self._passages[:size], self._counts[:size]
                 self._where = {}
                 for at, term in enumerate(self._terms):
                     self._where.setdefault(term, []).append(at)
+
+    def dump(self) -> dict[str, NDArray[Any]]:
+        """Everything, as plain arrays. Nothing may be added meanwhile."""
+        self.merge()
+        with self._lock:
+            words = "\n".join(self._vocabulary).encode()
+            return {
+                "words": np.frombuffer(words, np.uint8),
+                "starts": self._merged.starts,
+                "passages": self._merged.passages,
+                "counts": self._merged.counts.astype(np.uint16),
+                "lengths": self._lengths[: self.size],
+            }
+
+    @classmethod
+    def load(cls, arrays: Mapping[str, NDArray[Any]]) -> "PassageIndex":
+        """The inverse of `dump`."""
+        index = cls()
+        words = arrays["words"].tobytes().decode()
+        index._vocabulary = {word: i for i, word in enumerate(words.split("\n"))} if words else {}
+        index._merged = _Merged(arrays["starts"], arrays["passages"], arrays["counts"].astype(np.float32))
+        index.size = len(arrays["lengths"])
+        index.total_length = int(arrays["lengths"].sum(dtype=np.float64))
+        index._make_room(0)
+        index._lengths[: index.size] = arrays["lengths"]
+        return index
 
     def postings(self, term: str) -> tuple[Ints, Floats, Floats]:
         """(passages, term counts, passage lengths) of a term."""

@@ -1,14 +1,23 @@
 """`Retriever`: what to retrieve. One index over the documents, one over each session's own stream."""
 
 import asyncio
+import io
+import logging
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 
 from longstride.scheduler.index import PassageIndex, scores
-from longstride.storage.documents import Documents, StoredPassage
+from longstride.storage.documents import Documents
+from longstride.storage.indexes import Indexes, StoredIndex
+
+log = logging.getLogger("longstride")
+FORMAT = "documents 1"
+SAVE_AFTER = 1000  # passages not in the stored index; a twentieth of a large one
 
 
 @dataclass(frozen=True)
@@ -52,47 +61,74 @@ class StreamIndex:
 
 
 class DocumentIndex:
-    """The passages of the documents in the database, kept up to date with it (another process may add some)."""
+    """The passages of the documents in the database, kept up to date with it (another process may add some).
+
+    What was indexed is stored now and then, so that the next process need not read all text again.
+    """
 
     def __init__(self, documents: Documents) -> None:
         self._documents = documents
-        self._revision = (0, 0)
+        self._stored = Indexes(documents.database)
+        self._revision: tuple[int, int] | None = None
+        self._saved = 0
         self._lock = threading.Lock()
         self.index = PassageIndex()
-        self.passages: list[StoredPassage] = []
+        self.ids = array("q")  # passage ids in the database, by number in the index
 
-    def refresh(self) -> tuple[PassageIndex, list[StoredPassage]]:
-        """Take in what was added since; start anew when something was removed. Returns the index and its passages,
-        which belong together whatever is refreshed later. Blocks."""
+    def refresh(self) -> tuple[PassageIndex, "array[int]"]:
+        """Take in what was added since; start anew when something was removed. Returns the index and its passages'
+        ids, which belong together whatever is refreshed later. Blocks."""
         with self._lock:
             self._refresh()
-            return self.index, self.passages
+            return self.index, self.ids
 
     def _refresh(self) -> None:
-        count, last = self._documents.revision()
-        if (count, last) == self._revision:
+        revision = self._documents.revision()
+        if revision == self._revision:
             return
-        new = self._documents.passages(after=self._revision[1])
-        if len(self.passages) + len(new) != count:
-            self.index, self.passages = PassageIndex(), []
+        if self._revision is None:
+            self._load()
+        new = self._documents.passages(after=self.ids[-1] if self.ids else 0)
+        if len(self.ids) + len(new) != self._documents.count():
+            self.index, self.ids, self._saved = PassageIndex(), array("q"), 0
             new = self._documents.passages()
-        self.passages += new  # before the index has them, as above
+        self.ids.extend(passage.id for passage in new)  # before the index has them, as above
         self.index.add([passage.text for passage in new])
-        self._revision = (len(self.passages), self.passages[-1].id if self.passages else 0)
+        self._revision = revision
         if self.index.merge_due:
             self.index.merge()
+        if len(self.ids) - self._saved > max(SAVE_AFTER, len(self.ids) // 20):
+            self._save()
 
-    @staticmethod
-    def passage(stored: StoredPassage, score: float) -> Passage:
-        """A stored passage, as found."""
-        return Passage(
-            f"{stored.document_id[:12]}:{stored.id}",
-            stored.document,
-            stored.start,
-            stored.stop,
-            stored.text,
-            score,
-        )
+    def _load(self) -> None:
+        stored = self._stored.get(FORMAT)
+        if stored is None:
+            return
+        with np.load(io.BytesIO(stored.data), allow_pickle=False) as arrays:
+            self.index = PassageIndex.load(arrays)
+            self.ids = array("q", arrays["ids"].tobytes())
+        self._saved = len(self.ids)
+
+    def _save(self) -> None:
+        data = io.BytesIO()
+        np.savez(data, ids=np.frombuffer(self.ids, np.int64).copy(), **self.index.dump())
+        index = StoredIndex(FORMAT, len(self.ids), self.ids[-1], data.getvalue())
+        self._saved = len(self.ids)
+        self._documents.database.submit(lambda tables: self._stored.put(tables, index)).add_done_callback(_report)
+
+    def passages(self, found: dict[int, float]) -> dict[int, Passage]:
+        """The passages of these ids with their scores, without those that were removed meanwhile."""
+        stored = self._documents.some(list(found)) if found else {}
+        return {
+            id_: Passage(f"{p.document_id[:12]}:{id_}", p.document, p.start, p.stop, p.text, found[id_])
+            for id_, p in stored.items()
+        }
+
+
+def _report(stored: "Future[None]") -> None:
+    error = stored.exception()
+    if error is not None:
+        log.warning("the search index could not be stored and will be built again: %s", error)
 
 
 class Retriever:
@@ -111,7 +147,7 @@ class Retriever:
         return await asyncio.to_thread(self._search, query, count, stream, visible_from)
 
     def _search(self, query: str, count: int, stream: StreamIndex | None, visible_from: int) -> list[Passage]:
-        index, passages = self.documents.refresh()
+        index, ids = self.documents.refresh()
         indexes = [index, *([stream.index] if stream is not None else [])]
         found: list[tuple[float, int, int]] = []
         for s, values in enumerate(scores(indexes, query)):
@@ -125,10 +161,13 @@ class Retriever:
             found += [(float(values[i]), s, int(i)) for i in best]
         # equal scores: the order of adding decides, so that a search is repeatable
         found.sort(key=lambda hit: (-hit[0], hit[1], hit[2]))
-        return [
-            stream.passage(i, value) if s and stream is not None else self.documents.passage(passages[i], value)
-            for value, s, i in found[:count]
+        best_found = found[:count]
+        documents = self.documents.passages({ids[i]: value for value, s, i in best_found if s == 0})
+        passages = [
+            stream.passage(i, value) if s and stream is not None else documents.get(ids[i])
+            for value, s, i in best_found
         ]
+        return [passage for passage in passages if passage is not None]
 
 
 def _first_reaching(spans: Iterable[tuple[int, int, int, int]], token: int) -> int:

@@ -93,17 +93,26 @@ class Documents:
     def remove(self, tables: Tables, id_: str) -> None:
         """Delete a document and its passages, inside the caller's transaction."""
         tables.conn.execute("delete from documents where id = ?", [id_])
+        tables.conn.execute("delete from indexes")  # it holds the document's words
 
     def passages(self, after: int = 0) -> list[StoredPassage]:
         """All passages with an id above `after`, in id order."""
+        query = "select id, document_id, start, stop from passages where id > ? order by id"
+        return self._passages(query, [after])
 
-        def query(tables: Tables) -> "list[StoredPassage]":
-            # one read transaction, so that both queries see the same documents
+    def some(self, ids: list[int]) -> dict[int, StoredPassage]:
+        """The passages of these ids, as far as they are (still) stored."""
+        query = "select id, document_id, start, stop from passages where id = ?"
+        return {passage.id: passage for passage in self._passages(query, ids)}
+
+    def _passages(self, query: str, values: list[int]) -> list[StoredPassage]:
+        """What `query` gives for each of `values`, with their texts."""
+
+        def read(tables: Tables) -> "list[StoredPassage]":
+            # one read transaction, so that all queries see the same documents
             tables.conn.execute("begin")
             try:
-                spans = tables.conn.execute(
-                    "select id, document_id, start, stop from passages where id > ? order by id", [after]
-                ).fetchall()
+                spans = [span for value in values for span in tables.conn.execute(query, [value]).fetchall()]
                 wanted = {row[1] for row in spans}
                 rows = (
                     tables.conn.execute("select id, name, text from documents where id = ?", [i]).fetchone()
@@ -118,10 +127,15 @@ class Documents:
                 for id_, document, a, b in spans
             ]
 
-        return self.database.read(query)
+        return self.database.read(read)
+
+    def count(self) -> int:
+        """Passages stored."""
+        row = self.database.read(lambda tables: tables.conn.execute("select count(*) from passages").fetchone())
+        return int(row[0])
 
     def revision(self) -> tuple[int, int]:
-        """(passages, largest id): changes whenever passages were added or removed."""
-        query = "select count(*), coalesce(max(id), 0) from passages"
+        """(documents, largest passage id): changes whenever a document was added or removed. Cheap."""
+        query = "select (select count(*) from documents), (select coalesce(max(id), 0) from passages)"
         row = self.database.read(lambda tables: tables.conn.execute(query).fetchone())
         return int(row[0]), int(row[1])

@@ -117,3 +117,17 @@ def blocks(tables: Tables) -> None:
         ) strict, without rowid"""
     )
     tables.conn.execute("create index session_blocks_block on session_blocks(block_id)")
+
+
+@migrations(name="0004_indexes")
+def indexes(tables: Tables) -> None:
+    """The search index over the documents, so that opening a large database does not read all its text again."""
+    tables.conn.execute(
+        """create table indexes (
+            format text primary key,          -- what data means
+            count integer not null,           -- passages in it
+            last integer not null,            -- the largest id among them
+            checksum blob not null,           -- sha256 of data
+            data blob not null
+        ) strict"""
+    )

@@ -57,6 +57,22 @@ def test_scores_equal_a_full_rebuild_at_any_time(first, second, query, data):
         np.testing.assert_allclose(ours, rebuilt(first + second, query), rtol=1e-5, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=60)
+@given(passages, passages, st.lists(words, min_size=1, max_size=6).map(" ".join), st.booleans())
+def test_many_at_once_and_a_stored_index_score_the_same(first, second, query, merge):
+    index = PassageIndex()
+    index.add(first)
+    if merge:
+        index.merge()
+    index._add_many(second)
+    expected = rebuilt(first + second, query) if any(terms_of(first + second)) else np.zeros(len(first + second))
+    np.testing.assert_allclose(scores([index], query)[0], expected, rtol=1e-5, atol=1e-6)
+    again = PassageIndex.load(index.dump())
+    again.add(["whale at the end"])
+    index.add(["whale at the end"])
+    np.testing.assert_array_equal(scores([again], query)[0], scores([index], query)[0])
+
+
 def test_adding_during_a_merge_loses_nothing(monkeypatch):
     index = PassageIndex()
     index.add([f"whale number{i}" for i in range(50)])

@@ -392,4 +392,4 @@ async def test_searching_from_many_tasks_indexes_documents_once(tmp_path):
             await assistant.add_document(f"d{i}", f"Document {i} tells of topic{i}.")
         found = await asyncio.gather(*(assistant.search(f"topic{i}", 3) for i in range(12)))
         assert [hits[0].document for hits in found] == [f"d{i}" for i in range(12)]
-        assert len(assistant.retriever.documents.passages) == assistant.documents.revision()[0] == 60
+        assert len(assistant.retriever.documents.ids) == assistant.documents.count() == 60

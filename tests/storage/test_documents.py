@@ -56,7 +56,8 @@ def test_the_same_text_is_stored_once(documents):
     with pytest.raises(sqlite3.IntegrityError):
         add(documents, "two.txt")
     assert [d.name for d in documents.all()] == ["one.txt"]
-    assert documents.revision()[0] == 2
+    assert documents.count() == 2
+    assert documents.revision() == (1, 2)
 
 
 def test_a_passage_is_the_slice_of_its_document(documents):
