@@ -48,12 +48,13 @@ async def measure(passages: list[str], queries: list[str], folder: Path) -> tupl
             place += len(passage) + 1
         database.write(partial(documents.add, name=f"d{at}", path=None, text=text, spans=spans))
     stored = time.perf_counter() - began
-    opening = Row("open and index what is stored", dict(setting), "s")
-    for _ in range(3):
+    building, opening = Row("first search: builds the index", dict(setting), "s"), Row("open", dict(setting), "s")
+    for row in (building, opening, opening, opening):
         retriever = Retriever(documents)
         began = time.perf_counter()
         await retriever.search(queries[0], 3)
-        opening.runs.append(time.perf_counter() - began)
+        row.runs.append(time.perf_counter() - began)
+        database.write(lambda _tables: None)  # the index is stored behind the search
     alone = Row("search", dict(setting), "ms")
     for query in queries:
         began = time.perf_counter()
@@ -94,7 +95,7 @@ async def measure(passages: list[str], queries: list[str], folder: Path) -> tupl
     figures = {"stored_passages_s": len(passages) / stored, "added_meanwhile": added}
     for row in (alone, beside, search):
         figures[f"{row.system}, p99 ms"] = statistics.quantiles(row.runs, n=100)[98]
-    return [opening, alone, beside, peer, search], figures
+    return [building, opening, alone, beside, peer, search], figures
 
 
 def main() -> None:
@@ -117,7 +118,7 @@ def main() -> None:
     by = {row.system: row for row in rows}
     ratios = {
         "bm25s @ search": by["bm25s, search"].median / by["search"].median,
-        "bm25s @ index": by["bm25s, built anew"].median / by["open and index what is stored"].median,
+        "bm25s @ index": by["bm25s, built anew"].median / by["first search: builds the index"].median,
     }
     report(rows, ratios, figures, options.json)
     for name, value in figures.items():

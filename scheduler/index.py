@@ -187,8 +187,11 @@ class PassageIndex:
             counts = np.array([self._counts[i] for i in tail], np.float32)
         if 0 <= id_ < len(merged.starts) - 1:
             span = slice(merged.starts[id_], merged.starts[id_ + 1])
-            passages = np.concatenate([merged.passages[span], passages])
-            counts = np.concatenate([merged.counts[span], counts])
+            if tail:
+                passages = np.concatenate([merged.passages[span], passages])
+                counts = np.concatenate([merged.counts[span], counts])
+            else:
+                passages, counts = merged.passages[span], merged.counts[span]
         return passages, counts, lengths[passages]
 
 
@@ -212,7 +215,9 @@ def scores(indexes: Sequence[PassageIndex], query: str) -> list[Floats]:
             continue
         idf = np.float32(repeated * np.log(1 + (total - df + 0.5) / (df + 0.5)))
         for (passages, counts, lengths), into, size in zip(found, out, sizes, strict=True):
-            fresh = passages < size  # passages added since the sizes were taken wait for the next search
-            tfc = counts / (counts + K1 * ((1 - B) + B * lengths / average))
-            into[passages[fresh]] += (idf * tfc)[fresh]
+            if len(passages) and passages[-1] >= size:  # added since the sizes were taken: for the next search
+                known = int(np.searchsorted(passages, size))
+                passages, counts, lengths = passages[:known], counts[:known], lengths[:known]  # noqa: PLW2901
+            # a term's passages are ascending and differ, so a plain indexed addition counts each once
+            into[passages] += idf * (counts / (counts + (K1 * (1 - B) + K1 * B / average * lengths)))
     return out

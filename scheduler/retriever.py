@@ -111,7 +111,7 @@ class DocumentIndex:
 
     def _save(self) -> None:
         data = io.BytesIO()
-        np.savez(data, ids=np.frombuffer(self.ids, np.int64).copy(), **self.index.dump())
+        np.savez(data, **{"ids": np.array(self.ids, np.int64), **self.index.dump()})  # type: ignore[arg-type]
         index = StoredIndex(FORMAT, len(self.ids), self.ids[-1], data.getvalue())
         self._saved = len(self.ids)
         self._documents.database.submit(lambda tables: self._stored.put(tables, index)).add_done_callback(_report)
