@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 # torch first and alone: its CPU build is enough, and a plain dependency may pull gigabytes of CUDA packages.
 $(BIN)/python:
@@ -25,19 +25,31 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
-# mypy sees the one package through links to the root folders.
+# What is not installed (mypy, a GPU machine with its own torch) sees the one package through links to the root folders.
+define LINKS
+rm -rf .links && mkdir -p .links/longstride
+for f in longstride/*; do ln -s ../../$$f .links/longstride/; done
+for d in engine scheduler storage cli; do ln -s ../../$$d .links/longstride/$$d; done
+endef
+
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf .links && mkdir -p .links/longstride
-	for f in longstride/*; do ln -s ../../$$f .links/longstride/; done
-	for d in engine scheduler storage cli; do ln -s ../../$$d .links/longstride/$$d; done
+	$(LINKS)
 	MYPYPATH=.links $(BIN)/mypy -p longstride
 	MYPYPATH=.links $(BIN)/mypy benchmarks
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.stride --lengths 512,2048,3968 --stride 16 --passage 128 --json docs/benchmarks/stride.json --plot docs/benchmarks/stride.png
+	$(BIN)/python -m benchmarks.decode --json docs/benchmarks/decode.json --plot docs/benchmarks/decode.png
+	$(BIN)/python -m benchmarks.sessions --json docs/benchmarks/sessions.json --plot docs/benchmarks/sessions.png
 	$(BIN)/python -m benchmarks.snapshots --json docs/benchmarks/snapshots.json
+	$(BIN)/python -m benchmarks.retrieval --json docs/benchmarks/retrieval.json
+
+# Needs only torch and transformers; see benchmarks/gpu.py for its options.
+gpu:
+	$(LINKS)
+	PYTHONPATH=.links:. $(PYTHON) -m benchmarks.gpu $(GPU)
 
 clean:
 	rm -rf $(VENV) .links build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

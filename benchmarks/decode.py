@@ -132,16 +132,14 @@ def main() -> None:
         bounds[f"{length} tokens"] = limits(model, plain, length)
     if options.read:
         setting = {"length": f"{options.read} tokens", "new": "all"}
-        made = {name: Row(name, dict(setting), "s") for name in ("ours", "transformers", *llamas)}
+        made = {name: Row(name, dict(setting), "s") for name in ("ours", "transformers")}
         for _ in range(2):
             for name, row in made.items():
                 began = time.perf_counter()
                 if name == "ours":
                     ours(model, ids[: options.read])
-                elif name == "transformers":
-                    theirs(plain, ids[: options.read])
                 else:
-                    llamas[name].run(0, [ids[: options.read]])
+                    theirs(plain, ids[: options.read])
                 row.runs.append(time.perf_counter() - began)
         rows += made.values()
         for name in list(made)[1:]:
