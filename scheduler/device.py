@@ -6,7 +6,9 @@ rows that come back; this loop knows none of these kinds. Waiting sequences shar
 """
 
 import asyncio
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,6 +24,9 @@ from longstride.errors import Busy
 
 T = TypeVar("T")
 Accept = Callable[[torch.Tensor | None], Any]
+BESIDE = 8  # the part of the budget that a forward may use while someone is being answered
+ANSWERING_S = 0.25  # how long after a decoded token that is taken to be so
+REGROUP_S = 0.005  # waited at most for those who shared the last forward
 PATIENCE = 4  # forwards that a step may be left over before it goes first
 
 
@@ -54,6 +59,8 @@ class Device:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._together = 0  # steps that shared the last forward or were left over by it
+        self._answered = -math.inf  # when a token was last decoded
         self._thread = threading.Thread(target=self._loop, name="longstride-device", daemon=True)
         self._thread.start()
 
@@ -101,6 +108,8 @@ class Device:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting or self._calls or self._closing)
+                # who shared the last forward is about to ask for the next; together they cost little more than one
+                self._wake.wait_for(self._regrouped, REGROUP_S)
                 if self._closing:
                     return
                 calls, self._calls = list(self._calls), deque()
@@ -108,14 +117,24 @@ class Device:
             for work, future in calls:
                 if future.set_running_or_notify_cancel():
                     _settle(future, work)
-            self._forward([step for step in steps if step.start()])
+            self._together = self._forward([step for step in steps if step.start()])
 
-    def _forward(self, steps: list[_Step]) -> None:
-        """One forward for as many steps as the budget holds; the rest goes back to the front of the queue."""
+    def _regrouped(self) -> bool:
+        return len(self._waiting) >= self._together or bool(self._calls) or self._closing
+
+    def _forward(self, steps: list[_Step]) -> int:
+        """One forward for as many steps as the budget holds; the rest goes back to the front of the queue.
+
+        Returns how many steps shared it or wait for the next.
+        """
         # small ones first: a token of an answer is not kept waiting by a book, and the book gets what is left;
         # who has been left over a few times goes first
         steps.sort(key=lambda step: step.sequence.pending if step.passed < PATIENCE else -step.passed)
         left = self.budget_tokens
+        if any(step.sequence.pending == 1 for step in steps):
+            self._answered = time.monotonic()
+        if time.monotonic() - self._answered < ANSWERING_S:
+            left = max(left // BESIDE, len(steps))  # someone waits for tokens: whoever reads takes small bites
         chosen: list[_Step] = []
         for at, step in enumerate(steps):
             if left <= 0:
@@ -136,12 +155,13 @@ class Device:
         except Exception as error:  # noqa: BLE001 - reported to the session it belongs to
             if len(chosen) == 1:
                 chosen[0].future.set_exception(error)
-                return
+                return 0
             for step in chosen:  # one of them is at fault; the others must not suffer for it
                 try:
                     self._run([step])
                 except Exception as own:  # noqa: BLE001
                     step.future.set_exception(own)
+        return len(steps)
 
     def _run(self, steps: list[_Step]) -> None:
         """The forward itself; hands every step its rows."""
