@@ -12,6 +12,8 @@ from longstride.errors import StorageError
 from longstride.scheduler.device import Device
 from longstride.storage.blocks import Block, Blocks
 
+BATCH = 8  # blocks read while those before are written into the cache
+
 
 def to_bytes(rows: torch.Tensor) -> bytes:
     """A flat tensor's bytes, whatever its dtype."""
@@ -82,28 +84,46 @@ class Snapshot:
     async def restore(self, session_id: int) -> tuple[int, list[str]]:
         """Bring back the leading blocks of the context's text that are stored and sound.
 
-        Everything is read and verified before the first row is written. Returns (rows restored, what was wrong with
-        blocks that could not be used; a block that is merely missing is not a problem).
+        Verified blocks go into the cache behind its length, while the next ones are read; they become valid together
+        at the end. Returns (rows restored, what was wrong with blocks that could not be used; a block that is merely
+        missing is not a problem).
         """
         self._chain = []
-        found, problems = await asyncio.to_thread(self._load)
-        sequence = self.sequence
-        dtype = self.model.runner.dtype
+        cache, size = self.sequence.cache, self.block_tokens
+        whole = self.sequence.context.plain_rows // size
+        restored = 0
+        problems: list[str] = []
+        loading = asyncio.create_task(asyncio.to_thread(self._load, 0, whole))
+        try:
+            while True:
+                found, problems = await asyncio.shield(loading)
+                first, restored = restored, restored + len(found)
+                ended = len(found) < BATCH or restored == whole
+                if not ended:
+                    loading = asyncio.create_task(asyncio.to_thread(self._load, restored, whole))
 
-        def write() -> None:
-            sequence.cache.reserve(len(found) * self.block_tokens)
-            for i, data in enumerate(found):
-                sequence.cache.write_rows(i * self.block_tokens, from_bytes(data, dtype))
-            sequence.cache.extend(len(found) * self.block_tokens)
+                def write(first: int = first, found: list[bytes] = found) -> None:
+                    cache.reserve(whole * size)
+                    for i, data in enumerate(found, first):
+                        cache.write_rows(i * size, from_bytes(data, self.model.runner.dtype))
 
-        await self.device.call(write)
-        if found:
+                if found:
+                    await self.device.call(write)
+                if ended:
+                    break
+        except BaseException:
+            await asyncio.wait([loading])  # it writes into the chain
+            self._chain = []
+            cache.clear()
+            raise
+        cache.extend(restored * size)
+        if restored:
             used = list(self._chain)
             try:
                 await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, used, session_id))
             except StorageError as error:
                 problems.append(f"the blocks could not be marked as used: {error}")
-        return len(found) * self.block_tokens, problems
+        return restored * size, problems
 
     # --- on the device or not (see `Residency`) ---
 
@@ -129,22 +149,18 @@ class Snapshot:
             return []
         return (await self.restore(session_id))[1]
 
-    def _load(self) -> tuple[list[bytes], list[str]]:
+    def _load(self, first: int, whole: int) -> tuple[list[bytes], list[str]]:
+        """Rows of the next `BATCH` of `whole` blocks, up to the first that cannot be used; and what is wrong."""
         found: list[bytes] = []
-        problems: list[str] = []
-        context = self.sequence.context
         size = self.block_tokens * self.model.runner.layout.row_bytes
-        unsound: list[bytes] = []
-        for index in range(context.plain_rows // self.block_tokens):
+        for index in range(first, min(first + BATCH, whole)):
             id_, ids, positions = self._describe(index)
             data, why = self.blocks.get(id_, self.model.fingerprint, pack_ids(ids), pack_ids(positions), size)
             if data is None:
-                if why != "missing":
-                    problems.append(f"{why}; the text from token {index * self.block_tokens} on is computed again")
-                    unsound.append(id_)
-                break
+                if why == "missing":
+                    return found, []
+                self.blocks.database.write(lambda tables, id_=id_: self.blocks.drop(tables, [id_]))  # type: ignore[misc]
+                return found, [f"{why}; the text from token {index * self.block_tokens} on is computed again"]
             found.append(data)
             self._chain.append(id_)
-        if unsound:
-            self.blocks.database.write(lambda tables: self.blocks.drop(tables, unsound))
-        return found, problems
+        return found, []

@@ -1,5 +1,8 @@
 """Idle sessions leave the device for storage and come back."""
 
+import asyncio
+import time
+
 import pytest
 
 from longstride.errors import Busy
@@ -75,3 +78,24 @@ async def test_least_recently_used_goes_first():
     async with residency.working(old, 15):
         assert [r.held_bytes for r in (old, new, third)] == [10, 0, 10]
     assert residency.held_bytes == 20
+
+
+async def test_a_cancelled_way_back_is_gone_again_whole(tmp_path, monkeypatch):
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s")
+        await session.feed(TEXT)
+        expected = (await session.answer("What of thing3?")).text
+        session.snapshot.suspend()
+        real = assistant.blocks.get
+        monkeypatch.setattr(assistant.blocks, "get", lambda *given: time.sleep(0.02) or real(*given))
+        task = asyncio.create_task(session.answer("What of thing3?"))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert session.snapshot.held_bytes == 0
+        monkeypatch.undo()
+        before = session.sequence.computed
+        assert (await session.answer("What of thing3?", policy="never")).text
+        assert session.sequence.computed - before < 64  # it came back from storage
+        assert (await session.answer("What of thing3?")).text == expected
