@@ -89,7 +89,7 @@ def plot(rows: Sequence[Row], title: str, to: Path) -> None:
         found = [mine[length] for length in lengths if length in mine]
         spread = [[r.median - min(r.runs) for r in found], [max(r.runs) - r.median for r in found]]
         bars = axes.bar(places, [r.median for r in found], width, yerr=spread, capsize=2, label=system)
-        axes.bar_label(bars, [f"{r.median:.2g}" for r in found], fontsize=7, padding=2)
+        axes.bar_label(bars, [f"{r.median:.3g}" for r in found], fontsize=7, padding=2)
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set_ylabel(rows[0].unit)
     axes.set_title(title)

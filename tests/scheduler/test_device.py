@@ -1,48 +1,72 @@
 """The device loop: who shares a forward, and how much of it a reader gets beside an answer."""
 
 import asyncio
+import threading
 
-from longstride.scheduler import device
-from tests.scheduler.test_session import TEXT, opened
+import pytest
 
+from longstride.engine.context import Context, Placement
+from longstride.engine.sequence import Sequence
+from longstride.scheduler.device import BESIDE, Device
+from tests.tiny import tiny_model
 
-async def test_who_reads_beside_an_answer_takes_small_bites(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "ANSWERING_S", 60.0)  # no clock decides this test
-    async with opened(tmp_path, budget_tokens=128) as assistant:
-        answering, reading = await assistant.session("answering"), await assistant.session("reading")
-        await answering.feed(TEXT[:100])
-        runner, sizes = assistant.model.runner, []
-        real = runner.forward
-
-        def recorded(slices):
-            sizes.append([len(piece.ids) for piece in slices])
-            return real(slices)
-
-        runner.forward = recorded
-        try:
-            task = asyncio.create_task(reading.feed(TEXT * 3))
-            tokens = 0
-            async for piece in answering.ask("What of thing3?", policy="never", max_tokens=12):
-                if piece.answer is None and (tokens := tokens + 1) == 2:
-                    sizes.clear()  # from here on the device knows that someone is being answered
-            beside = [forward for forward in sizes if 1 in forward and len(forward) > 1]
-            answered = list(sizes)
-            await task
-        finally:
-            del runner.forward
-        assert beside  # they did share forwards
-        assert max(sum(forward) for forward in answered) <= 128 // 8
-        assert reading.tokens == len(TEXT * 3)
+BUDGET = 128
 
 
-async def test_sessions_that_decode_together_share_forwards(tmp_path):
-    async with opened(tmp_path) as assistant:
-        sessions = [await assistant.session(f"s{i}") for i in range(4)]
-        for session in sessions:
-            await session.feed(TEXT[:60])
-        before = assistant.model.runner.forwards
-        answers = await asyncio.gather(
-            *(session.answer("What of thing3?", policy="never", max_tokens=12) for session in sessions)
-        )
-        alone = sum(answer.usage.generated for answer in answers)
-        assert assistant.model.runner.forwards - before < alone
+class Recorder:
+    """A runner that notes the slices' sizes of each forward."""
+
+    def __init__(self, runner):
+        self.runner, self.forwards = runner, []
+
+    def forward(self, slices):
+        self.forwards.append([len(piece.ids) for piece in slices])
+        return self.runner.forward(slices)
+
+
+@pytest.fixture
+def device():
+    device = Device(Recorder(tiny_model("llama")[1]), budget_tokens=BUDGET)
+    yield device
+    device.close()
+
+
+def sequence(due, done=0):
+    """A sequence with `done` rows computed and `due` more wanted."""
+    runner = tiny_model("llama")[1]
+    context = Context([1, 2], placement=Placement.END, limit=1024, reserved=0)
+    made = Sequence(runner, context, max_rows=1024)
+    context.append([3] * done)
+    made.run(runner)
+    context.append([4] * due)
+    return made
+
+
+async def run_together(device, *sequences):
+    """Let all ask for a step before the device takes the first."""
+    release = threading.Event()
+    held = asyncio.create_task(device.call(lambda: release.wait(30)))
+    await asyncio.sleep(0)
+    tasks = [asyncio.create_task(device.step(one, lambda logits: logits)) for one in sequences]
+    await asyncio.sleep(0)  # each has queued its step
+    release.set()
+    await held
+    return await asyncio.gather(*tasks)
+
+
+async def test_sessions_that_decode_together_share_a_forward(device):
+    rows = await run_together(device, *(sequence(1, done) for done in (5, 9, 30)))
+    assert device.runner.forwards == [[1, 1, 1]]
+    assert all(row.shape[0] == 1 for row in rows)
+
+
+async def test_who_reads_beside_an_answer_takes_small_bites(device):
+    reading = sequence(500, 10)
+    await run_together(device, reading, sequence(1, 20))
+    assert device.runner.forwards == [[1, BUDGET // BESIDE - 1]]
+    assert reading.pending == 500 - (BUDGET // BESIDE - 1)
+
+
+async def test_who_reads_alone_takes_the_whole_budget(device):
+    await run_together(device, sequence(500, 10))
+    assert device.runner.forwards == [[BUDGET]]
