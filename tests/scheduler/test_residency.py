@@ -1,7 +1,7 @@
 """Idle sessions leave the device for storage and come back."""
 
 import asyncio
-import time
+import threading
 
 import pytest
 
@@ -87,10 +87,18 @@ async def test_a_cancelled_way_back_is_gone_again_whole(tmp_path, monkeypatch):
         expected = (await session.answer("What of thing3?")).text
         session.snapshot.suspend()
         real = assistant.blocks.get
-        monkeypatch.setattr(assistant.blocks, "get", lambda *given: time.sleep(0.02) or real(*given))
+        loop, started, release = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+        def slow(*given):
+            loop.call_soon_threadsafe(started.set)
+            release.wait(30)
+            return real(*given)
+
+        monkeypatch.setattr(assistant.blocks, "get", slow)
         task = asyncio.create_task(session.answer("What of thing3?"))
-        await asyncio.sleep(0.05)
+        await started.wait()
         task.cancel()
+        release.set()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert session.snapshot.held_bytes == 0
