@@ -6,6 +6,7 @@ import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from longstride.engine.embedded import package_versions
+
+
+def shipped_text() -> str:
+    """The chapters that come with the package: what is measured when no other text is named."""
+    return files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt").read_text(encoding="utf-8")
 
 
 @dataclass

@@ -7,13 +7,13 @@ the same run, and the arithmetic of a rewrite over the measured rate of a large 
 import argparse
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Row, plot, report
+from benchmarks.common import Row, plot, report, shipped_text
 from benchmarks.peers import LlamaCpp, plain_model
 from longstride.engine.context import Context, Placement
 from longstride.engine.fuse import fits_half
@@ -91,6 +91,23 @@ def limits(model: Model, plain: Any, length: int) -> dict[str, float]:
     }
 
 
+def shares(step: Callable[[int], float], rounds: int = 10) -> dict[str, float]:
+    """Milliseconds of one decode step by kind of operation (torch's profiler, which makes each a little slower)."""
+    kinds = {"attention": ("attention",), "products": ("linear", "::mm", "addmm")}
+    found = dict.fromkeys([*kinds, "small operations"], 0.0)
+    began = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(rounds):
+            step(1)
+    found["Python between them"] = 1000 * (time.perf_counter() - began) / rounds
+    for event in profiler.key_averages():
+        kind = next((kind for kind, parts in kinds.items() if any(p in event.key for p in parts)), "small operations")
+        milliseconds = event.self_cpu_time_total / 1000 / rounds
+        found[kind] += milliseconds
+        found["Python between them"] -= milliseconds
+    return found
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -103,8 +120,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     model, plain = load_model(options.model), plain_model(options.model)
-    text = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt").read_text(encoding="utf-8")
-    ids = model.tokenizer.encode(text)
+    ids = model.tokenizer.encode(shipped_text())
     ids = (ids * (1 + 8192 // len(ids)))[:8192]
     llamas = {}
     if options.llama_python is not None:
@@ -115,6 +131,7 @@ def main() -> None:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     bounds: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for length in map(int, options.lengths.split(",")):
         steps = {"ours": ours(model, ids[:length])[1], "transformers": theirs(plain, ids[:length])}
         for name, llama in llamas.items():
@@ -130,6 +147,7 @@ def main() -> None:
             for name in list(steps)[1:]:
                 ratios[f"{name} @ {length} tokens, {count} new"] = made[name].median / made["ours"].median
         bounds[f"{length} tokens"] = limits(model, plain, length)
+        parts[f"{length} tokens"] = shares(steps["ours"])
     if options.read:
         setting = {"length": f"{options.read} tokens", "new": "all"}
         made = {name: Row(name, dict(setting), "s") for name in ("ours", "transformers")}
@@ -147,7 +165,12 @@ def main() -> None:
     for llama in llamas.values():
         llama.close()
     versions = {"llama_cpp_python": next(iter(llamas.values())).version} if llamas else {}
-    report(rows, ratios, {"dtype": str(model.runner.dtype), "limits": bounds, **versions}, options.json)
+    report(
+        rows,
+        ratios,
+        {"dtype": str(model.runner.dtype), "limits": bounds, "ms_of_a_step": parts, **versions},
+        options.json,
+    )
     if options.plot is not None:
         single = [row for row in rows if row.setting["new"] == 1]
         plot(single, "One token, by tokens in the context (ms, lower is better)", options.plot)

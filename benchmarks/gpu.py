@@ -9,6 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,11 @@ def main() -> None:
     runs: dict[str, list[float]] = {"transformers-prepend": [], "end": [], "beside": [], "decode": []}
     for number, passage in enumerate(passages):
         taken = {
-            name: timed(lambda s=sequence, p=passage: loop(s, runner, p, options.stride), device)  # type: ignore[misc]
+            name: timed(partial(loop, sequence, runner, passage, options.stride), device)
             for name, sequence in sequences.items()
         }
-        in_front = [*passage, *ids]
-        taken["transformers-prepend"] = timed(lambda x=in_front: prepend(plain, x, options.stride), device)  # type: ignore[misc]
-        taken["decode"] = timed(lambda: sequences["end"].run(runner), device)
+        taken["transformers-prepend"] = timed(partial(prepend, plain, [*passage, *ids], options.stride), device)
+        taken["decode"] = timed(partial(sequences["end"].run, runner), device)
         if number:  # the first is the warm-up
             for name, seconds in taken.items():
                 runs[name].append(seconds)

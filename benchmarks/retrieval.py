@@ -8,13 +8,12 @@ import tempfile
 import threading
 import time
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import bm25s
 
-from benchmarks.common import Row, report
+from benchmarks.common import Row, report, shipped_text
 from longstride.scheduler.retriever import Retriever
 from longstride.storage.database import Database
 from longstride.storage.documents import Documents
@@ -27,7 +26,7 @@ def passages_of(texts: list[Path], count: int) -> list[str]:
     if texts:
         words = " ".join(path.read_text(encoding="utf-8", errors="replace") for path in texts).split()
     else:
-        words = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt").read_text("utf-8").split()
+        words = shipped_text().split()
     step = max(1, min(WORDS, (len(words) - WORDS) // count))
     starts = [i * step % max(1, len(words) - WORDS) for i in range(count)]
     return [" ".join(words[start : start + WORDS]) for start in starts]

@@ -4,11 +4,10 @@ import argparse
 import asyncio
 import tempfile
 import time
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.common import Row, plot, report
+from benchmarks.common import Row, plot, report, shipped_text
 from longstride.engine.model import Model, load_model
 from longstride.scheduler.assistant import Assistant
 from longstride.scheduler.session import Session
@@ -65,8 +64,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     model = load_model(options.model)
-    text = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt").read_text(encoding="utf-8")
-    ids = model.tokenizer.encode(text)
+    ids = model.tokenizer.encode(shipped_text())
     with tempfile.TemporaryDirectory() as folder:
         rows = asyncio.run(measure(model, ids, options, Path(folder)))
     together = [row for row in rows if row.unit == "tokens/s"]

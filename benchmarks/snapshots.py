@@ -4,10 +4,9 @@ import argparse
 import asyncio
 import tempfile
 import time
-from importlib.resources import files
 from pathlib import Path
 
-from benchmarks.common import Row, plot, report
+from benchmarks.common import Row, plot, report, shipped_text
 from longstride.engine.model import Model, load_model
 from longstride.scheduler.assistant import Assistant
 
@@ -44,8 +43,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     model = load_model(options.model)
-    text = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt").read_text(encoding="utf-8")
-    ids = model.tokenizer.encode(text)
+    ids = model.tokenizer.encode(shipped_text())
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for length in map(int, options.lengths.split(",")):

@@ -8,13 +8,12 @@ busy machine slows them alike.
 
 import argparse
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from benchmarks.common import Row, plot, report
+from benchmarks.common import Row, plot, report, shipped_text
 from benchmarks.peers import LlamaCpp, plain_model
 from longstride.engine.context import Context, Placement
 from longstride.engine.model import Model, load_model
@@ -184,8 +183,7 @@ def main() -> None:
 
     model = load_model(options.model)
     peer = plain_model(options.model)
-    shipped = files("longstride.cli").joinpath("data", "alice_chapters_1_2.txt")
-    corpus = Corpus(model, options.text.read_text() if options.text else shipped.read_text(), options.passage)
+    corpus = Corpus(model, options.text.read_text() if options.text else shipped_text(), options.passage)
     systems: dict[str, System] = {
         "transformers-prepend": Transformers(corpus, peer),
         "own-prepend": OwnPrepend(corpus, model),

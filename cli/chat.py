@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,7 +116,7 @@ class Repl:
             with c.reading_bar() as bar:
                 ids = self.assistant.model.tokenizer.encode(text)
                 task = bar.add_task(path.name, total=len(ids), rate="")
-                report = await self.session.feed_ids(ids, progress=lambda n, b=bar, t=task: b.update(t, advance=n))  # type: ignore[misc]
+                report = await self.session.feed_ids(ids, progress=partial(bar.advance, task))
             rate = report.tokens / report.seconds if report.seconds else 0.0
             c.out.print(f"read {path.name}: {report.tokens:,} tokens, {rate:,.0f} tokens/s", style="dim", markup=False)
 

@@ -20,7 +20,7 @@ from longstride.engine.attention import attend
 from longstride.engine.cache import LayerShape
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
-PACK_ROWS = 32  # any hint of 8 rows or more gives the layout that is fastest for 1 to 144 rows (docs/benchmarks)
+PACK_ROWS = 32  # a hint to oneDNN: the rows of input to lay the weight out for
 PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
@@ -103,14 +103,14 @@ class _Signed:
     """Sines with the first half negated, made once a forward: all layers get the same tensor."""
 
     def __init__(self) -> None:
-        self._sin: torch.Tensor | None = None
-        self._signed = torch.empty(0)
+        self._held = (torch.empty(0), torch.empty(0))  # sines, and the same signed; one object, so threads see a pair
 
     def __call__(self, sin: torch.Tensor) -> torch.Tensor:
-        if sin is not self._sin:
+        held = self._held
+        if held[0] is not sin:
             first, second = sin.chunk(2, -1)
-            self._sin, self._signed = sin, torch.cat((-first, second), -1)
-        return self._signed
+            held = self._held = (sin, torch.cat((-first, second), -1))
+        return held[1]
 
 
 def _has_known_parts(layer: nn.Module) -> bool:
@@ -143,10 +143,10 @@ def _agree(layer: Any, block: Block, dtype: torch.dtype, device: torch.device) -
 
 
 def _packs(weight: torch.Tensor) -> bool:
-    """Whether packing pays: measured for fp32 on x86 CPUs."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return False
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    """Whether packing pays: measured for fp32 on an x86 CPU with AVX2."""
+    avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and avx and there
 
 
 def fits_half(weight: torch.Tensor) -> bool:

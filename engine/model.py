@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,12 +83,11 @@ def load_model(
 
 
 def _load(name: str, device: str, dtype: str, progress: Progress) -> Model:
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     path = embedded_folder(progress) if name == EMBEDDED else Path(name).expanduser()

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -172,7 +173,7 @@ class Device:
             for _ in step.slices:
                 last = next(rows)
             logits = last if last is not None and last.shape[0] else None
-            _settle(step.future, lambda step=step, logits=logits: self._accept(step, logits))  # type: ignore[misc]
+            _settle(step.future, partial(self._accept, step, logits))
 
     @staticmethod
     def _accept(step: _Step, logits: torch.Tensor | None) -> Any:

@@ -160,7 +160,7 @@ class PassageIndex:
                 "words": np.frombuffer(words, np.uint8),
                 "starts": self._merged.starts,
                 "passages": self._merged.passages,
-                "counts": self._merged.counts.astype(np.uint16),
+                "counts": self._merged.counts,
                 "lengths": self._lengths[: self.size],
             }
 
@@ -170,7 +170,7 @@ class PassageIndex:
         index = cls()
         words = arrays["words"].tobytes().decode()
         index._vocabulary = {word: i for i, word in enumerate(words.split("\n"))} if words else {}
-        index._merged = _Merged(arrays["starts"], arrays["passages"], arrays["counts"].astype(np.float32))
+        index._merged = _Merged(arrays["starts"], arrays["passages"], arrays["counts"])
         index.size = len(arrays["lengths"])
         index.total_length = int(arrays["lengths"].sum(dtype=np.float64))
         index._make_room(0)

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +112,8 @@ class DocumentIndex:
 
     def _save(self) -> None:
         data = io.BytesIO()
-        np.savez(data, **{"ids": np.array(self.ids, np.int64), **self.index.dump()})  # type: ignore[arg-type]
+        arrays: dict[str, Any] = {"ids": np.array(self.ids, np.int64), **self.index.dump()}
+        np.savez(data, **arrays)
         index = StoredIndex(FORMAT, len(self.ids), self.ids[-1], data.getvalue())
         self._saved = len(self.ids)
         self._documents.database.submit(lambda tables: self._stored.put(tables, index)).add_done_callback(_report)

@@ -302,7 +302,11 @@ class Session:
             async with self.core.residency.working(self.snapshot, rows):
                 for problem in await self.snapshot.wake(self.id):
                     log.warning("session %s: %s", self.name, problem)
-                yield
+                try:
+                    yield
+                finally:
+                    if not self.healthy:
+                        self.snapshot.suspend()  # it will be opened anew, or was removed
 
     def _usable(self) -> None:
         if self._failure is not None:

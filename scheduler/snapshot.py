@@ -2,6 +2,7 @@
 
 import asyncio
 import warnings
+from functools import partial
 
 import torch
 
@@ -49,13 +50,13 @@ class Snapshot:
         stale, self._stale = self._stale, []
         return stale
 
-    def _describe(self, index: int) -> tuple[bytes, list[int], list[int]]:
-        """(id, token ids, positions) of block `index`, given the chain before it."""
+    def _describe(self, index: int, chain: list[bytes]) -> tuple[bytes, list[int], list[int]]:
+        """(id, token ids, positions) of block `index`, given the ids of those before it."""
         context = self.sequence.context
         span = range(index * self.block_tokens, (index + 1) * self.block_tokens)
         ids = [context.text[i] for i in span]
         positions = [context.position(i) for i in span]
-        parent = self._chain[index - 1] if index else b""
+        parent = chain[index - 1] if index else b""
         return chain_id(self.model.fingerprint, parent, ids, positions), ids, positions
 
     async def new_blocks(self) -> list[Block]:
@@ -67,7 +68,7 @@ class Snapshot:
             return []
         described = []
         for index in range(first, whole):
-            block = self._describe(index)
+            block = self._describe(index, self._chain)
             described.append(block)
             self._chain.append(block[0])
 
@@ -88,42 +89,42 @@ class Snapshot:
         at the end. Returns (rows restored, what was wrong with blocks that could not be used; a block that is merely
         missing is not a problem).
         """
-        self._chain = []
+        chain: list[bytes] = []
+        problems: list[str] = []
         cache, size = self.sequence.cache, self.block_tokens
         whole = self.sequence.context.plain_rows // size
         restored = 0
-        problems: list[str] = []
-        loading = asyncio.create_task(asyncio.to_thread(self._load, 0, whole))
+        loading = asyncio.create_task(asyncio.to_thread(self._load, chain, whole))
         try:
             while True:
-                found, problems = await asyncio.shield(loading)
+                found, problems = await loading
                 first, restored = restored, restored + len(found)
                 ended = len(found) < BATCH or restored == whole
                 if not ended:
-                    loading = asyncio.create_task(asyncio.to_thread(self._load, restored, whole))
-
-                def write(first: int = first, found: list[bytes] = found) -> None:
-                    cache.reserve(whole * size)
-                    for i, data in enumerate(found, first):
-                        cache.write_rows(i * size, from_bytes(data, self.model.runner.dtype))
-
+                    loading = asyncio.create_task(asyncio.to_thread(self._load, chain, whole))
                 if found:
-                    await self.device.call(write)
+                    await self.device.call(partial(self._write, first, found, whole))
                 if ended:
                     break
         except BaseException:
-            await asyncio.wait([loading])  # it writes into the chain
-            self._chain = []
+            loading.cancel()
             cache.clear()
             raise
+        self._chain = chain
         cache.extend(restored * size)
         if restored:
-            used = list(self._chain)
             try:
-                await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, used, session_id))
+                await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, chain, session_id))
             except StorageError as error:
                 problems.append(f"the blocks could not be marked as used: {error}")
         return restored * size, problems
+
+    def _write(self, first: int, found: list[bytes], whole: int) -> None:
+        """Put blocks from block `first` on into the cache, which will hold `whole`."""
+        cache, size = self.sequence.cache, self.block_tokens
+        cache.reserve(whole * size)
+        for index, data in enumerate(found, first):
+            cache.write_rows(index * size, from_bytes(data, self.model.runner.dtype))
 
     # --- on the device or not (see `Residency`) ---
 
@@ -149,18 +150,19 @@ class Snapshot:
             return []
         return (await self.restore(session_id))[1]
 
-    def _load(self, first: int, whole: int) -> tuple[list[bytes], list[str]]:
-        """Rows of the next `BATCH` of `whole` blocks, up to the first that cannot be used; and what is wrong."""
+    def _load(self, chain: list[bytes], whole: int) -> tuple[list[bytes], list[str]]:
+        """Rows of the next `BATCH` of `whole` blocks behind `chain`, which grows by their ids, up to the first that
+        cannot be used; and what is wrong with it."""
         found: list[bytes] = []
         size = self.block_tokens * self.model.runner.layout.row_bytes
-        for index in range(first, min(first + BATCH, whole)):
-            id_, ids, positions = self._describe(index)
+        for index in range(len(chain), min(len(chain) + BATCH, whole)):
+            id_, ids, positions = self._describe(index, chain)
             data, why = self.blocks.get(id_, self.model.fingerprint, pack_ids(ids), pack_ids(positions), size)
             if data is None:
                 if why == "missing":
                     return found, []
-                self.blocks.database.write(lambda tables, id_=id_: self.blocks.drop(tables, [id_]))  # type: ignore[misc]
+                self.blocks.database.write(partial(self.blocks.drop, ids=[id_]))
                 return found, [f"{why}; the text from token {index * self.block_tokens} on is computed again"]
             found.append(data)
-            self._chain.append(id_)
+            chain.append(id_)
         return found, []

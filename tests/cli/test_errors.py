@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from longstride.cli import main as command_line
-from longstride.storage.database import Database
+from tests.storage.test_database import make_newer
 
 # importing torch takes seconds, so each command runs in a process forked from one that has imported it already
 FORKS = multiprocessing.get_context("forkserver")
@@ -62,12 +62,7 @@ def folder(tmp_path):
     (here / "notes.txt").write_text("These are some notes, and no database at all.\n")
     (here / "blank.txt").write_text(" \n")
     (here / "broken.pdf").write_bytes(b"%PDF-1.7\n1 0 obj\n<<")
-    newer = here / "newer.db"
-    Database(newer).close()
-    connection = sqlite3.connect(newer)
-    connection.execute("insert into _sqlite_migrations values (99, 'longstride', '9999_future', 'tomorrow')")
-    connection.commit()
-    connection.close()
+    make_newer(here / "newer.db")
     return here
 
 
@@ -119,10 +114,12 @@ def test_an_empty_model_folder_is_refused_in_one_sentence(folder, command):
     assert_refused(longstride(folder, *command.split(), "--model", "empty model"), "model 'empty model'", "loaded")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_refused(folder):
-    (folder / "notes.txt").chmod(0)
-    assert_refused(longstride(folder, "read", "notes.txt", "-s", "s"), "notes.txt: cannot be read: Permission denied")
+def test_a_file_that_cannot_be_read_is_refused(folder):
+    path, why = "notes.txt", "Permission denied"
+    (folder / path).chmod(0)
+    if os.geteuid() == 0:
+        path, why = "/proc/self/mem", "Input/output error"  # root may read every file but such a one
+    assert_refused(longstride(folder, "read", path, "-s", "s"), f"{path}: cannot be read: {why}")
 
 
 @pytest.mark.parametrize("source", ["environment", "longstride.toml"])

@@ -61,13 +61,18 @@ def test_many_can_open_a_new_file_at_once(tmp_path):
     assert len(names) == len(set(names))
 
 
-def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path):
-    path = tmp_path / "newer.db"
+def make_newer(path):
+    """A database as a later Longstride would leave it."""
     Database(path).close()
     connection = sqlite3.connect(path)
     connection.execute("insert into _sqlite_migrations values (99, 'longstride', '9999_future', 'tomorrow')")
     connection.commit()
     connection.close()
+
+
+def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "newer.db"
+    make_newer(path)
     before = migrations_of(path)
     with pytest.raises(StorageError, match=r"newer\.db was written by a newer Longstride \(9999_future\)"):
         Database(path)
