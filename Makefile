@@ -41,7 +41,8 @@ check: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.stride --lengths 512,2048,3968 --stride 16 --passage 128 --json docs/benchmarks/stride.json --plot docs/benchmarks/stride.png
-	$(BIN)/python -m benchmarks.decode --json docs/benchmarks/decode.json --plot docs/benchmarks/decode.png
+	$(BIN)/python -m benchmarks.decode --lengths 64,4096 --json docs/benchmarks/decode.json --plot docs/benchmarks/decode.png
+	$(BIN)/python -m benchmarks.drafting --json docs/benchmarks/drafting.json --plot docs/benchmarks/drafting.png
 	$(BIN)/python -m benchmarks.sessions --json docs/benchmarks/sessions.json --plot docs/benchmarks/sessions.png
 	$(BIN)/python -m benchmarks.snapshots --json docs/benchmarks/snapshots.json
 	$(BIN)/python -m benchmarks.retrieval --json docs/benchmarks/retrieval.json

@@ -19,12 +19,20 @@ def run(
     max_tokens: c.MaxTokens = None,
     temperature: c.Temperature = None,
     seed: c.Seed = None,
+    drafting: c.Drafting = None,
     sources: Annotated[bool, typer.Option("--sources", help="List the passages that the answer drew on.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show what was reused, and the speed.")] = False,
     json: c.Json = False,
 ) -> None:
     """Ask one question of a session."""
-    changes = c.given(stride=stride, policy=policy, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    changes = c.given(
+        stride=stride,
+        policy=policy,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        drafting=drafting,
+    )
 
     async def work() -> None:
         async with c.Opened(db=db, model=model, device=device, dtype=dtype) as assistant:

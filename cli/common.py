@@ -51,6 +51,12 @@ ContextTokens = Annotated[
 ]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Tokens of an answer.", show_default="256")]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="0 is greedy.", show_default="0")]
+Drafting = Annotated[
+    str | None,
+    typer.Option(
+        "--drafting", help="Draft from text already seen: off, lookup (one branch) or tree.", show_default="tree"
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 
 
@@ -157,7 +163,8 @@ def print_usage(answer: Answer) -> None:
     u, t = answer.usage, answer.timing
     out.print(
         f"  {u.cached:,} tokens reused, {u.encoded:,} encoded, {u.generated:,} generated, {u.rewritten:,} rewritten; "
-        f"{u.retrievals} retrievals, {u.rewrites} rewrites; first token after {t.first_token:.2f} s, "
+        f"{u.retrievals} retrievals, {u.rewrites} rewrites; {u.drafted:,} drafted, {u.accepted:,} accepted, "
+        f"{u.generated / max(1, u.steps):.1f} tokens a step; first token after {t.first_token:.2f} s, "
         f"{t.tokens_per_second:.1f} tokens/s",
         style="dim",
     )

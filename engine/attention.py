@@ -22,6 +22,7 @@ IMPLEMENTATION = "longstride"
 Range = tuple[int, int]
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
 SPLIT_ROWS = 256  # a half of the keys shorter than this is not worth a merge
+WIDE = 16 * 4096  # (new tokens x keys) up to which one kernel call under a wide mask beats two calls and a merge
 
 
 @dataclass(eq=False)
@@ -30,7 +31,8 @@ class Slice:
 
     `row`: where their KV goes. `visible`: which earlier rows they see, as ascending ranges; None means all of
     `0 .. row-1`. `mask`: bool [n, n], who sees whom among themselves; None means causal. `logits`: for how many
-    of the last tokens logits are wanted. Slices of one cache may share a forward if they are in row order.
+    of the last tokens logits are wanted. `drafted`: how many of the last tokens may be wrong; their rows are written,
+    and not valid until they are kept. Slices of one cache may share a forward if they are in row order.
     """
 
     cache: KVCache
@@ -40,6 +42,7 @@ class Slice:
     visible: tuple[Range, ...] | None = None
     mask: torch.Tensor | None = None
     logits: int = 0
+    drafted: int = 0
     _bias: torch.Tensor | None = field(default=None, repr=False)
 
     @property
@@ -47,14 +50,19 @@ class Slice:
         """First row after this slice."""
         return self.row + len(self.ids)
 
-    def bias(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-        """Additive mask [n, n] among the new tokens, None for a single one; made once for all layers."""
+    def bias(self, dtype: torch.dtype, device: torch.device, rows: int = 0, group: int = 1) -> torch.Tensor | None:
+        """Additive mask of the new tokens over the last keys [group * n, n], or over all `rows` keys where that is
+        few; None for a single token. Made once for all layers; `group` times the same, one below the other.
+        """
         n = len(self.ids)
         if n == 1 and self.mask is None:
             return None
-        if self._bias is None:
+        width = rows if n < rows and n * rows <= WIDE else n
+        if self._bias is None or self._bias.shape != (group * n, width):
             among = torch.ones(n, n, dtype=torch.bool).tril() if self.mask is None else self.mask
-            self._bias = torch.zeros(n, n, dtype=dtype).masked_fill_(~among, -math.inf).to(device)
+            bias = torch.zeros(n, width, dtype=dtype)
+            bias[:, width - n :].masked_fill_(~among, -math.inf)
+            self._bias = bias.repeat(group, 1).to(device)
         return self._bias
 
 
@@ -66,8 +74,8 @@ def _visible_rows(buffer: torch.Tensor, piece: Slice) -> torch.Tensor:
     return torch.cat([*parts, buffer[:, piece.row : piece.stop]], dim=1)
 
 
-# Kernels: query [heads, n, d]; keys and values [kv heads, seen + n, d], the new tokens' own rows last; bias [n, n] is
-# added among the new tokens, everything before them is visible. Query heads of one KV head are packed as rows.
+# Kernels: query [heads, n, d]; keys and values [kv heads, seen + n, d], the new tokens' own rows last; bias [n, m] is
+# added over the last m keys, everything before them is visible. Query heads of one KV head are packed as rows.
 
 
 def _matmul_attention(
@@ -99,12 +107,13 @@ def _flash_attention(
 ) -> torch.Tensor:
     """torch's CPU flash kernel, apart over what was there before (no mask) and over the new tokens (a small one).
 
-    A single row is split over the keys as well, because there are fewer KV heads than it takes to keep all cores busy.
+    The mask [group * n, m] is packed as the query's rows are; a wide one covers all keys, which leaves one call. A
+    single row is split over the keys as well, because there are fewer KV heads than it takes to keep all cores busy.
     Parts are merged by their log-sum-exp, which is exact (Milakov and Gimelshein 2018, arXiv 1805.02867).
     """
     heads, n, size = query.shape
     kv_heads, rows, _ = keys.shape
-    seen = rows if bias is None else rows - n
+    seen = rows if bias is None else rows - bias.shape[1]
     packed = query.reshape(1, kv_heads, -1, size)
     outs: list[torch.Tensor] = []
     sums: list[torch.Tensor] = []
@@ -130,7 +139,7 @@ def _flash_attention(
     elif seen:
         attend(packed, keys[None, :, :seen], values[None, :, :seen], None)
     if bias is not None:
-        attend(packed, keys[None, :, seen:], values[None, :, seen:], bias.repeat(heads // kv_heads, 1))
+        attend(packed, keys[None, :, seen:], values[None, :, seen:], bias)
     if len(outs) == 1 and outs[0].shape[0] == 1:
         return outs[0].reshape(heads, n, -1)
     weights = torch.softmax(torch.cat(sums) if len(sums) > 1 else sums[0], dim=0)
@@ -188,7 +197,8 @@ def attend(
         piece.cache.write(layer, piece.row, key[:, at : at + n], value[:, at : at + n])
         keys = _visible_rows(piece.cache.keys[layer], piece)
         values = _visible_rows(piece.cache.values[layer], piece)
-        bias = piece.bias(query.dtype, query.device)
+        shape = (keys.shape[1], query.shape[0] // keys.shape[0]) if kernel is _flash_attention else (0, 1)
+        bias = piece.bias(query.dtype, query.device, *shape)
         outs.append(kernel(query[:, at : at + n], keys, values, bias, scaling))
         at += n
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

@@ -4,6 +4,7 @@ Contract: rows `0 .. length-1` are valid; everything past `length` is scratch. `
 cutting a stale segment costs nothing. Buffers double until `limit` rows and never shrink below what is valid.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,15 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget rows from `length` on. O(1)."""
         self.length = min(self.length, length)
+
+    def move(self, rows: Sequence[int], to: int) -> None:
+        """Copy `rows` to rows from `to` on; rows past the length may be taken as well. `length` does not move."""
+        if list(rows) == list(range(to, to + len(rows))):
+            return
+        index = torch.tensor(rows, device=self.layout.device)
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[:, to : to + len(rows)] = keys[:, index]
+            values[:, to : to + len(rows)] = values[:, index]
 
     def read_rows(self, start: int, stop: int) -> torch.Tensor:
         """Copy of rows `start .. stop-1` as one flat tensor: each layer's keys, then its values."""

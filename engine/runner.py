@@ -1,6 +1,7 @@
 """`ModelRunner.forward(slices) -> logits`: the only caller of the model."""
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from longstride.engine.attention import IMPLEMENTATION, Slice
 from longstride.engine.cache import CacheLayout, LayerShape
+from longstride.engine.costs import StepCosts
 from longstride.engine.fuse import fuse
 from longstride.errors import ModelError
 
@@ -35,6 +37,7 @@ class ModelRunner:
         self.max_positions: int = model.config.max_position_embeddings
         self.layout = self._probe()
         fuse(model)
+        self.costs = StepCosts()
         self.forwards = 0
         self.tokens = 0
 
@@ -80,9 +83,13 @@ class ModelRunner:
             positions += piece.positions
             keep += range(len(ids) - piece.logits, len(ids))
         with self._lock:  # several device loops may share a model
+            started = time.perf_counter()
             logits = self._call(ids, positions, torch.tensor(keep, dtype=torch.long), plan=slices)
+            if logits.is_cuda and len(ids) <= self.costs.MOST_ROWS:
+                torch.cuda.current_stream().synchronize()  # a token is about to be chosen from it anyway
+            self.costs.observe(slices, time.perf_counter() - started)
         for piece in slices:
-            piece.cache.extend(piece.stop)
+            piece.cache.extend(piece.stop - piece.drafted)
         self.forwards += 1
         self.tokens += len(ids)
         return list(torch.split(logits, [piece.logits for piece in slices]))

@@ -54,6 +54,11 @@ class Sampler:
         else:
             self._generator.manual_seed(sampling.seed)
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether `choose` looks at the context."""
+        return self.sampling.repetition_penalty != 1.0
+
     def process(self, logits: torch.Tensor, context: Sequence[int]) -> torch.Tensor:
         """Logits [vocabulary] in fp32 on the CPU after bans and the repetition penalty (Keskar et al. 2019, 4.1).
 
@@ -62,7 +67,7 @@ class Sampler:
         scores = logits.float().cpu()
         if self._banned.numel():
             scores = scores.index_fill(0, self._banned, -math.inf)
-        if self.sampling.repetition_penalty != 1.0 and context:
+        if self.penalizes and context:
             seen = torch.tensor(sorted(set(context)), dtype=torch.long)
             held = scores[seen]
             penalty = self.sampling.repetition_penalty

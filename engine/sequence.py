@@ -5,6 +5,7 @@ missing. Whether those rows are a chunk of text, a fresh segment or one decoded 
 """
 
 from collections.abc import Sequence as Ids
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from longstride.engine.attention import Slice
 from longstride.engine.cache import KVCache
 from longstride.engine.context import Context, Part
+from longstride.engine.draft import MOST_NODES, Node
 from longstride.engine.runner import ModelRunner
 
 
@@ -28,7 +30,9 @@ class PieceStore(Protocol):
 class Sequence:
     """One sequence of token ids with its KV. Not thread-safe; `run` and `take` belong on the device thread.
 
-    Counters since the start: `computed` rows that went through the model, `copied` rows taken from the store.
+    `draft`: nodes to be verified in the forward that computes the last row due. `company`: how many other texts got a
+    token of the last forward, and how many rows of others were in it (kept by whoever batches). Counters since the
+    start: `computed` rows that were due and went through the model, `copied` rows taken from the store.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class Sequence:
         self.store = store
         self.computed = 0
         self.copied = 0
+        self.draft: Ids[Node] = ()
+        self.company = (0, 0)
         self._known = 0  # rows valid once the slices handed out are computed
 
     @property
@@ -52,20 +58,23 @@ class Sequence:
 
     def end_turn(self, *, keep: bool) -> None:
         """Leave the turn (see `Context.end_turn`) and cut the cache accordingly."""
+        self.draft = ()
         self.cache.truncate(self.context.end_turn(keep=keep))
 
     def slide(self, recent: int) -> None:
         """Slide the window (see `Context.slide`) and cut the cache accordingly."""
         self.cache.truncate(self.context.slide(recent))
 
-    def take(self, budget: int, logits: int = 1) -> list[Slice]:
-        """The next slices to compute, at most `budget` tokens; the last carries `logits` when it is the last due.
+    def take(self, budget: int, logits: int = 1, drafts: int = MOST_NODES) -> list[Slice]:
+        """The next slices to compute, at most `budget` tokens; the last carries `logits` when it is the last due, and
+        as much of the draft as the budget and `drafts` have room for, with logits of all its rows.
 
         Rows found in the store are copied here and cost nothing of the budget. Empty: nothing is due.
         """
         slices: list[Slice] = []
         end = self.context.rows
-        self.cache.reserve(end)
+        # for the draft too: a buffer that grows in the forward would leave behind the rows that are copied here
+        self.cache.reserve(min(self.cache.limit, end + len(self.draft)))
         left = budget
         known = self.cache.length
         for part in self.context.parts(self.cache.length):
@@ -85,12 +94,42 @@ class Sequence:
         if slices and known == end:
             last = slices[-1]
             last.logits = min(logits, len(last.ids))
+            drafted = self.draft[: max(0, min(left, drafts))]  # parents stand before children: what is left is a tree
+            if drafted:
+                slices[-1] = self._with_draft(last, drafted)
+            self.draft = ()
         self._known = known
         return slices
 
     def _slice(self, part: Part) -> Slice:
         positions = range(part.position, part.position + len(part.ids))
         return Slice(self.cache, part.ids, positions, part.row, part.visible)
+
+    def _with_draft(self, last: Slice, nodes: Ids[Node]) -> Slice:
+        """`last` with a draft's rows behind it: each sees all before the draft, its ancestors and itself."""
+        due, text = len(last.ids), len(self.context.text)
+        mask = None  # a single branch is causal
+        if any(node.parent_row != row - 1 for row, node in enumerate(nodes)):
+            mask = torch.ones(due + len(nodes), due + len(nodes), dtype=torch.bool).tril()
+            mask[due:, due:] = torch.eye(len(nodes), dtype=torch.bool)
+            for row, node in enumerate(nodes, due):
+                if node.parent_row >= 0:
+                    mask[row, due:row] |= mask[due + node.parent_row, due:row]
+        return replace(
+            last,
+            ids=[*last.ids, *(node.token for node in nodes)],
+            positions=[*last.positions, *(self.context.position(text + node.depth - 1) for node in nodes)],
+            mask=mask,
+            logits=last.logits + len(nodes),
+            drafted=len(nodes),
+        )
+
+    def keep(self, path: Ids[Node]) -> None:
+        """Make a verified path of the draft part of the text, with the rows it has; right after `accept`."""
+        start = self.context.rows
+        self.context.append([node.token for node in path])
+        self.cache.move([start + node.row for node in path], start)
+        self.cache.extend(start + len(path))
 
     def _copy(self, part: Part) -> bool:
         """Copy a passage's rows from the store into the cache, if it has them."""
@@ -107,9 +146,9 @@ class Sequence:
     def accept(self, slices: Ids[Slice]) -> None:
         """After a forward over `take`'s slices: count them, keep freshly encoded passages in the store.
 
-        Rows copied behind the last computed one become valid here too.
+        Rows copied behind the last computed one become valid here too; those of a draft wait for `keep`.
         """
-        self.computed += sum(len(piece.ids) for piece in slices)
+        self.computed += sum(len(piece.ids) - piece.drafted for piece in slices)
         self.cache.extend(self._known)
         if self.store is None:
             return

@@ -26,6 +26,8 @@ class Usage:
     before); `encoded`: context tokens computed before the first token of the answer; `generated`. Without rewrites
     their sum is the context at the end. `rewritten`: tokens computed by rewrites during the answer, each a tail that
     stays and what is new of the segment. `retrievals`: searches; `rewrites`: segments replaced during the answer.
+    `drafted`: tokens that went through the model as drafts; `accepted`: those of them that were kept; `steps`: forwards
+    that brought tokens.
     """
 
     cached: int = 0
@@ -34,6 +36,9 @@ class Usage:
     rewritten: int = 0
     retrievals: int = 0
     rewrites: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
 
 
 @dataclass

@@ -12,11 +12,12 @@ from longstride.engine.identity import pack_ids, unpack_ids
 from longstride.engine.model import Model, load_model
 from longstride.engine.pieces import MemoryPieces
 from longstride.errors import BadInput
+from longstride.scheduler.core import Core
 from longstride.scheduler.device import Device
 from longstride.scheduler.passages import split_text
 from longstride.scheduler.residency import Residency
 from longstride.scheduler.retriever import Passage, Retriever
-from longstride.scheduler.session import Core, Session
+from longstride.scheduler.session import Session
 from longstride.scheduler.settings import SessionSettings, Settings, changed, load_settings
 from longstride.storage.blocks import Blocks
 from longstride.storage.database import Database

@@ -42,6 +42,16 @@ class _Step:
     passed: int = 0  # forwards that left it over
     running: bool = False
 
+    @property
+    def rows(self) -> int:
+        """Rows in the forward."""
+        return sum(len(piece.ids) for piece in self.slices)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is one token of a text being written, with or without a draft."""
+        return self.rows - sum(piece.drafted for piece in self.slices) == 1
+
     def start(self) -> bool:
         """Whether it still wants to run; from now on it can no longer be withdrawn."""
         if not self.running:
@@ -66,8 +76,8 @@ class Device:
         self._thread.start()
 
     async def step(self, sequence: Sequence, accept: Callable[[torch.Tensor | None], T]) -> T:
-        """Give `sequence` one forward; `accept` gets its last row's logits [1, vocabulary] on the device thread,
-        or None when more of it is still due, and its result is returned.
+        """Give `sequence` one forward; `accept` gets the logits of its last row and of its draft
+        [1 + drafted rows, vocabulary] on the device thread, or None when more of it is still due; returns its result.
 
         Cancelling waits for a forward under way (one step at most) and leaves the sequence usable. Raises `Busy`
         at the queue's bound.
@@ -136,6 +146,8 @@ class Device:
             self._answered = time.monotonic()
         if time.monotonic() - self._answered < ANSWERING_S:
             left = max(left // BESIDE, len(steps))  # someone waits for tokens: whoever reads takes small bites
+        # who reads leaves half to drafts, which take no more of what the others have due
+        drafts = max(left // 2, left - sum(step.sequence.pending for step in steps))
         chosen: list[_Step] = []
         for at, step in enumerate(steps):
             if left <= 0:
@@ -145,11 +157,12 @@ class Device:
                     self._waiting.extendleft(reversed(steps[at:]))
                 break
             try:
-                step.slices = step.sequence.take(left)
+                step.slices = step.sequence.take(max(1, left - (len(steps) - at - 1)), drafts=drafts)
             except Exception as error:  # noqa: BLE001 - whatever it is belongs to this session alone
                 step.future.set_exception(error)
                 continue
-            left -= sum(len(piece.ids) for piece in step.slices)
+            left -= step.rows
+            drafts -= sum(piece.drafted for piece in step.slices)
             chosen.append(step)
         try:
             self._run(chosen)
@@ -168,11 +181,14 @@ class Device:
         """The forward itself; hands every step its rows."""
         slices = [piece for step in steps for piece in step.slices]
         rows = iter(self.runner.forward(slices) if slices else [])
+        written = sum(step.writes for step in steps)
+        total = sum(step.rows for step in steps)
         for step in steps:
             last = None
             for _ in step.slices:
                 last = next(rows)
             logits = last if last is not None and last.shape[0] else None
+            step.sequence.company = (written - step.writes, total - step.rows)
             _settle(step.future, partial(self._accept, step, logits))
 
     @staticmethod

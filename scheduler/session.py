@@ -8,47 +8,32 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from sqlite_utils import Database as Tables
 
 from longstride.engine.context import Context, Placement
+from longstride.engine.draft import MOST_NODES, Drafter
 from longstride.engine.identity import pack_ids
-from longstride.engine.model import Model
-from longstride.engine.pieces import MemoryPieces, SessionPieces
+from longstride.engine.pieces import SessionPieces
 from longstride.engine.sequence import Sequence
 from longstride.errors import BadInput, ContextFull, StorageError
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
-from longstride.scheduler.device import Device
+from longstride.scheduler.core import Core
 from longstride.scheduler.passages import StreamSplitter
-from longstride.scheduler.residency import Residency
-from longstride.scheduler.retriever import Retriever, StreamIndex
+from longstride.scheduler.retriever import StreamIndex
 from longstride.scheduler.settings import SessionSettings, changed, changed_for_answer
 from longstride.scheduler.snapshot import Snapshot, to_bytes
 from longstride.scheduler.turn import Turn
-from longstride.storage.blocks import Block, Blocks
-from longstride.storage.sessions import Sessions, StoredSession, StreamPassage
+from longstride.storage.blocks import Block
+from longstride.storage.sessions import StoredSession, StreamPassage
 
 T = TypeVar("T")
 log = logging.getLogger("longstride")
 NOTE = "Note the main points of the last part of the text in one or two sentences."
+RECALLED = 64  # earlier answers that drafts are taken from after a restart
 MARKS = ("\n[Retrieved passage]\n", "\n[End of the retrieved passage]\n")
-
-
-@dataclass(frozen=True)
-class Core:
-    """What all sessions of an assistant share."""
-
-    model: Model
-    device: Device
-    retriever: Retriever
-    sessions: Sessions
-    blocks: Blocks
-    pieces: MemoryPieces
-    residency: Residency
-    block_tokens: int
 
 
 async def finished(work: Coroutine[Any, Any, T]) -> T:
@@ -115,6 +100,7 @@ class Session:
         self.window_start = 0
         self.splitter = StreamSplitter(tokenizer, settings.passage_tokens)
         self.index = StreamIndex(self.name, lambda a, b: tokenizer.decode(self.stream[a:b]))
+        self._drafter = Drafter()
         self._characters = 0
         self._lock = asyncio.Lock()
         self._failure: str | None = None
@@ -139,11 +125,11 @@ class Session:
             visible = stream[self.window_start :].tolist()
         context.append(visible)
         restored, problems = await self.snapshot.restore(self.id)
-        spans = [(p.start, p.stop, p.first_char, p.last_char) for p in passages]
-        if spans:
-            self.splitter.start = spans[-1][1]
-            self._characters = spans[-1][3]
-            await asyncio.to_thread(self.index.add, spans)
+        if passages:
+            self.splitter.start = passages[-1].stop
+            self._characters = passages[-1].last_char
+        await asyncio.to_thread(self._learn, passages)
+        await asyncio.to_thread(self._recall)
         seconds = time.perf_counter() - started
         self.resumed = ResumeReport(context.rows, restored, seconds, tuple(problems))
 
@@ -171,7 +157,8 @@ class Session:
         """Read on. With `notes_every`, write a running note after every so many tokens.
 
         `progress` hears of each chunk's tokens. Raises `ContextFull` when `text` does not fit and the window policy
-        is `refuse` (nothing is read then), `StorageError` when it cannot be saved (what was saved before stands).
+        is `refuse` (nothing is read then), `Busy` when sessions at work hold the memory or the device, and
+        `StorageError` when it cannot be saved (what was saved before stands).
         """
         if notes_every is not None and notes_every < 1:
             raise BadInput(f"notes every {notes_every} tokens: it must be 1 or more")
@@ -270,9 +257,28 @@ class Session:
             return core.blocks.put(tables, blocks, self.id)
 
         stored = await core.sessions.database.awrite(change)
-        spans = [(p.start, p.stop, p.first_char, p.last_char) for p in passages]
-        await asyncio.to_thread(self.index.add, spans)
+        await asyncio.to_thread(self._learn, passages)
         return stored
+
+    def _learn(self, passages: list[StreamPassage]) -> None:
+        """Take the stream's new passages into the index and its new tokens into the drafts."""
+        if passages:
+            self.index.add([(p.start, p.stop, p.first_char, p.last_char) for p in passages])
+        if self.settings.drafting != "off":
+            self._drafter.read.extend(self.stream[self._drafter.read.size :])
+
+    def _recall(self) -> None:
+        """Take what was answered before into the drafts."""
+        for text in self.core.sessions.last_texts(self.id, RECALLED):
+            self._drafter.begin(self.core.model.tokenizer.encode(text))
+
+    def drafter(self, drafting: str) -> Drafter | None:
+        """What an answer's drafts come from: this session's own texts; None where drafting is off."""
+        if drafting == "off":
+            return None
+        self._drafter.branches = drafting == "tree"
+        self._drafter.read.extend(self.stream[self._drafter.read.size :])  # nothing, unless the session drafts rarely
+        return self._drafter
 
     def _new_passages(self) -> list[StreamPassage]:
         """Passages that the stream has completed, with their places in its text."""
@@ -298,7 +304,7 @@ class Session:
         async with self._lock:
             self._usable()
             segment = self.settings.passages * self.settings.passage_tokens
-            rows = self.sequence.context.rows + segment + tokens
+            rows = self.sequence.context.rows + segment + tokens + MOST_NODES
             async with self.core.residency.working(self.snapshot, rows):
                 for problem in await self.snapshot.wake(self.id):
                     log.warning("session %s: %s", self.name, problem)
@@ -319,7 +325,7 @@ class Session:
 
         Closing the iterator stops the device within one step and leaves the session as it was. `remember`: keep
         question and answer in the stream. `changes`: settings for this answer only (stride, policy, max_tokens,
-        temperature, ...). Raises `BadInput` and `ContextFull`.
+        temperature, ...). Raises `BadInput`, `ContextFull` and `Busy`.
         """
         if not question.strip():
             raise BadInput("the question is empty")

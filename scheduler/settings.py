@@ -44,6 +44,9 @@ class SessionSettings(BaseModel):
     min_p: float = Field(0.0, ge=0, le=1, description="leave out tokens below this share of the best one's probability")
     repetition_penalty: float = Field(1.0, gt=0, description="divides the scores of tokens of the turn; 1 is none")
     seed: int | None = Field(None, description="makes sampling repeatable")
+    drafting: Literal["off", "lookup", "tree"] = Field(
+        "tree", description="drafts from text already seen: off, one branch (lookup) or several (tree)"
+    )
 
     def sampling(self) -> "Sampling":
         """How tokens are chosen."""

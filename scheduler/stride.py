@@ -1,12 +1,11 @@
 """Policies: when to retrieve. Each is a small class with one question; write your own the same way.
 
-A policy is asked before every generated token but the first (a turn begins with a retrieval, unless the policy is
+A policy is asked after every generated token (a turn begins with a retrieval, unless the policy is
 `Never`). Whatever it says, a retrieval that brings the passages already in place rewrites nothing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from longstride.errors import BadInput
 
@@ -23,15 +22,22 @@ class Moment:
     last_query: Sequence[int]  # what the last one asked with
 
 
-class Policy(Protocol):
+class Policy:
     """When to retrieve again."""
 
     def due(self, moment: Moment) -> bool:
         """Whether to retrieve now."""
+        raise NotImplementedError
+
+    def ahead(self, since: int) -> int | None:
+        """How many more tokens can come before a retrieval is due, `since` tokens after the last; None: not known.
+
+        Drafts are not made any longer, as what follows a retrieval cannot be kept. It need not be exact.
+        """
 
 
 @dataclass(frozen=True)
-class EveryTokens:
+class EveryTokens(Policy):
     """Every `stride` generated tokens (FlashBack, In-Context RALM)."""
 
     stride: int = 16
@@ -43,9 +49,12 @@ class EveryTokens:
     def due(self, moment: Moment) -> bool:
         return moment.since >= self.stride
 
+    def ahead(self, since: int) -> int | None:
+        return self.stride - since
+
 
 @dataclass(frozen=True)
-class SentenceEnd:
+class SentenceEnd(Policy):
     """At the end of a sentence, but not before `at_least` tokens."""
 
     at_least: int = 4
@@ -55,7 +64,7 @@ class SentenceEnd:
 
 
 @dataclass(frozen=True)
-class LowConfidence:
+class LowConfidence(Policy):
     """When the last token's probability fell under `threshold` (after FLARE, arXiv 2305.06983)."""
 
     threshold: float = 0.2
@@ -66,7 +75,7 @@ class LowConfidence:
 
 
 @dataclass(frozen=True)
-class QueryDrift:
+class QueryDrift(Policy):
     """When less than `overlap` of the tokens that fetched the segment are still in the query."""
 
     overlap: float = 0.5
@@ -77,7 +86,7 @@ class QueryDrift:
 
 
 @dataclass(frozen=True)
-class Never:
+class Never(Policy):
     """No retrieval at all."""
 
     def due(self, moment: Moment) -> bool:  # noqa: ARG002 - the protocol's signature

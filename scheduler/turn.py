@@ -6,12 +6,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-import torch
-
 from longstride.engine.context import Placement
 from longstride.engine.identity import pack_ids
 from longstride.engine.sampling import Choice, Sampler
 from longstride.engine.tokenizer import StreamDecoder
+from longstride.engine.verify import Decoding
 from longstride.errors import ContextFull
 from longstride.scheduler.answer import Answer, Piece, Source
 from longstride.scheduler.retriever import Passage
@@ -47,17 +46,20 @@ class Turn:
         self.text_ids = query if query is not None else ids[: len(ids) - answer_frame]
         self.policy = policy(settings.policy, settings.stride)
         banned = (tokenizer.special - tokenizer.eos) if tokenizer.eos else tokenizer.special
-        self.sampler = Sampler(settings.sampling(), sorted(banned))
+        sampler = Sampler(settings.sampling(), sorted(banned))
+        self.decoding = Decoding(self.sequence, sampler, tokenizer.eos, ids, session.drafter(settings.drafting))
         stops = [text for mark in session.marks if (text := tokenizer.decode(mark).strip())]
         self.decoder = StreamDecoder(tokenizer, stops)
         self.answer = Answer(question)
-        self.generated: list[int] = []
         self.passages: list[Passage] = []
         self._since = 0  # tokens generated since the last retrieval
         self._since_at = 0  # where the answer's text stood at the last retrieval
         self._last_query: list[int] = []
         self._view_from = 0  # where the answer's text stood when the passages in place came into view
         self._rewriting = False  # the next step computes a rewrite
+        self._limit = settings.max_tokens
+        self._fresh = ""  # text of the last step
+        self._due = self._over = False
         self._rest = ""
 
     # --- the turn ---
@@ -65,12 +67,14 @@ class Turn:
     async def run(self, kind: str, *, remember: bool) -> AsyncGenerator[Piece, None]:
         """Pieces of the answer; the last carries it whole. The session is back at its boundary afterwards."""
         context = self.sequence.context
-        limit = self._limit()
+        self._limit = self._room()
         context.begin_turn()
         added: list[int] = []
         try:
             context.append(self.ids)
-            async with aclosing(self._generate(limit)) as pieces:
+            if self.decoding.drafter is not None:
+                await asyncio.to_thread(self.decoding.drafter.begin, self.ids)
+            async with aclosing(self._generate()) as pieces:
                 async for piece in pieces:
                     yield piece
             if remember:
@@ -82,46 +86,39 @@ class Turn:
         await self._store(kind)
         yield Piece(self._rest, self.answer)
 
-    async def _generate(self, limit: int) -> AsyncGenerator[Piece, None]:
-        """Decode until the model ends the answer, a stop string comes or `limit` tokens are reached."""
+    async def _generate(self) -> AsyncGenerator[Piece, None]:
+        """Decode until the model ends the answer, a stop string comes or no more tokens are allowed."""
         started = time.perf_counter()
-        answer, context, ends = self.answer, self.sequence.context, self.core.model.tokenizer.eos
+        answer, context = self.answer, self.sequence.context
         usage, timing = answer.usage, answer.timing
         if not isinstance(self.policy, Never):
             await self._retrieve()
         computed = self.sequence.computed
-        choice = await self._next()
+        await self._step()
         usage.encoded = self.sequence.computed - computed
-        usage.cached = context.rows - usage.encoded
+        usage.cached = context.rows - len(self.decoding.tokens) - usage.encoded
         timing.first_token = time.perf_counter() - started
         timing.encode = timing.first_token - timing.retrieve
-        retrieved = timing.retrieve
-        while choice.token not in ends:
-            self.generated.append(choice.token)
-            context.append([choice.token])
-            text = self.decoder.push(choice.token)
-            answer.text += text
-            if text:
-                yield Piece(text)
-            if self.decoder.stopped:
+        retrieved, first = timing.retrieve, len(self.decoding.tokens)
+        while True:
+            if self._fresh:
+                yield Piece(self._fresh)
+            if self._over or self.decoding.ended:
                 break
-            if len(self.generated) >= limit:
-                answer.finish = "length" if limit == self.settings.max_tokens else "context"
-                break
-            self._since += 1
-            if self.policy.due(self._moment(choice)):
+            if self._due:
                 await self._retrieve()
-            choice = await self._next()
+            await self._step()
         timing.decode = time.perf_counter() - started - timing.first_token - (timing.retrieve - retrieved)
         self._rest = self.decoder.flush()
         answer.text += self._rest
         self._finish_sources()
         answer.sources.sort(key=lambda source: -source.score)
-        usage.generated = len(self.generated)
-        if usage.generated > 1:
-            timing.tokens_per_second = (usage.generated - 1) / timing.decode
+        usage.generated, usage.steps = len(self.decoding.tokens), self.decoding.steps
+        usage.drafted, usage.accepted = self.decoding.drafted, self.decoding.accepted
+        if usage.generated > first:
+            timing.tokens_per_second = (usage.generated - first) / timing.decode
 
-    def _limit(self) -> int:
+    def _room(self) -> int:
         """Tokens the answer may have. Raises `ContextFull` if not even one fits behind the question."""
         wanted = self.settings.max_tokens
         frame = len(self.session.frame.resume)
@@ -136,20 +133,32 @@ class Turn:
             )
         return min(wanted, room)
 
-    async def _next(self) -> Choice:
-        """The next token, after computing whatever is due."""
-        context = self.ids + self.generated if self.settings.repetition_penalty != 1.0 else []
-
-        def choose(logits: torch.Tensor | None) -> Choice | None:
-            return None if logits is None else self.sampler.choose(logits[-1], context)
-
+    async def _step(self) -> None:
+        """The next tokens, after computing whatever is due."""
+        decoding, device = self.decoding, self.core.device
+        ahead = self._limit - len(decoding.tokens)
+        soon = self.policy.ahead(self._since)
+        decoding.draft((ahead if soon is None else min(ahead, soon)) - 1, self.core.model.runner.costs)
+        self._fresh, self._due = "", False
         computed = self.sequence.computed
-        while (choice := await self.core.device.step(self.sequence, choose)) is None:
+        while not await device.step(self.sequence, lambda logits: decoding.accept(logits, self._take)):
             pass
         if self._rewriting:
             self.answer.usage.rewritten += self.sequence.computed - computed
             self._rewriting = False
-        return choice
+
+    def _take(self, choice: Choice) -> bool:
+        """A token was chosen (on the device thread); whether the next may come from the same forward."""
+        text = self.decoder.push(choice.token)
+        self.answer.text += text
+        self._fresh += text
+        if len(self.decoding.tokens) >= self._limit and not self.decoder.stopped:
+            self.answer.finish = "length" if self._limit == self.settings.max_tokens else "context"
+            self._over = True
+        self._over = self._over or self.decoder.stopped
+        self._since += 1
+        self._due = not self._over and self.policy.due(self._moment(choice))
+        return not self._over and not self._due
 
     def _moment(self, choice: Choice) -> Moment:
         return Moment(
@@ -164,7 +173,7 @@ class Turn:
     def _query(self) -> list[int]:
         """The last `query_tokens` tokens of the turn's text; never tokens of the segment or of the template."""
         special = self.core.model.tokenizer.special
-        text = [i for i in (*self.text_ids, *self.generated) if i not in special]
+        text = [i for i in (*self.text_ids, *self.decoding.tokens) if i not in special]
         return text[-self.settings.query_tokens :]
 
     # --- retrieval ---
@@ -189,6 +198,8 @@ class Turn:
         self._finish_sources()
         self.passages = found
         pieces = await asyncio.to_thread(self._pieces, found)
+        if self.decoding.drafter is not None:
+            self.decoding.drafter.show(pieces)
         self.answer.timing.retrieve += time.perf_counter() - started
         self.sequence.rewrite(pieces)
         self._view_from = len(self.answer.text)
@@ -248,7 +259,7 @@ class Turn:
         """Close the turn as the model's template wants it; returns the ids that join the stream."""
         resume = list(self.session.frame.resume)
         self.sequence.context.append(resume)
-        return [*self.ids, *self.generated, *resume]
+        return [*self.ids, *self.decoding.tokens, *resume]
 
     async def _store(self, kind: str) -> None:
         """Commit the answer with its sources."""

@@ -177,6 +177,12 @@ class Sessions:
             for row in rows
         ]
 
+    def last_texts(self, session_id: int, count: int) -> list[str]:
+        """The texts of the last `count` answers, oldest first."""
+        query = "select text from answers where session_id = ? order by id desc limit ?"
+        rows = self.database.read(lambda tables: tables.conn.execute(query, [session_id, count]).fetchall())
+        return [row[0] for row in reversed(rows)]
+
     def change(self, tables: Tables, session_id: int, settings: dict[str, Any]) -> None:
         """Store changed settings, inside the caller's transaction."""
         tables.conn.execute("update sessions set settings = ? where id = ?", [json.dumps(settings), session_id])

@@ -30,8 +30,26 @@ def test_kernels_equal_the_definition(kernel, heads, kv_heads, seen, n):
     buffer_k, buffer_v = torch.randn(2, kv_heads, 2048, 32)
     keys, values = buffer_k[:, : seen + n], buffer_v[:, : seen + n]  # views with the buffer's strides
     bias = torch.zeros(n, n).masked_fill_(~torch.ones(n, n).tril().bool(), -math.inf) if n > 1 else None
-    ours = kernel(query, keys, values, bias, 0.2)
+    packed = bias if bias is None or kernel is not attention._flash_attention else bias.repeat(heads // kv_heads, 1)
+    ours = kernel(query, keys, values, packed, 0.2)
     torch.testing.assert_close(ours.double(), by_definition(query, keys, values, bias, 0.2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wide", [0, attention.WIDE])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4)])
+def test_a_tree_is_masked_alike_in_one_call_and_in_two(monkeypatch, wide, heads, kv_heads):
+    """Rows of a draft: each sees what was there before, its ancestors and itself."""
+    monkeypatch.setattr(attention, "WIDE", wide)
+    torch.manual_seed(3)
+    seen, mask = 300, torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+    query = torch.randn(heads, 4, 32)
+    keys, values = torch.randn(2, kv_heads, seen + 4, 32)
+    piece = attention.Slice(None, [1, 2, 3, 4], [300, 301, 301, 302], seen, mask=mask)
+    bias = piece.bias(query.dtype, query.device, seen + 4, heads // kv_heads)
+    assert bias.shape == (heads // kv_heads * 4, seen + 4 if wide else 4)
+    ours = attention._flash_attention(query, keys, values, bias, 0.2)
+    small = torch.zeros(4, 4).masked_fill_(~mask, -math.inf)
+    torch.testing.assert_close(ours.double(), by_definition(query, keys, values, small, 0.2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("seen", [5, 1200])

@@ -13,6 +13,7 @@ from hypothesis.stateful import (
 )
 
 from longstride.engine.context import Context, Placement
+from longstride.engine.draft import Node, ordered
 from longstride.engine.pieces import MemoryPieces
 from longstride.engine.sequence import Sequence
 from tests.tiny import reference_logits, tiny_model
@@ -103,12 +104,56 @@ class Exactness(RuleBasedStateMachine):
                 self.sequence.context.append([best])
                 self.text.append(best)
 
-    @rule()
-    def stop_within_a_step(self):
+    @rule(data=st.data(), nodes=st.integers(1, 10))
+    def speculate(self, data, nodes):
+        """A random tree is drafted, some of its tokens right; the walk keeps what greedy decoding would have chosen."""
+        root = Node(-1, None, 0, 1.0, [])
+        tree = [root]
+        for _ in range(nodes):
+            parent = tree[data.draw(st.integers(0, len(tree) - 1))]
+            ids = data.draw(st.sampled_from([self.next_after(parent), data.draw(token)]))
+            if ids not in parent.children and parent.depth < LIMIT - RESERVED - len(self.text) - 1:
+                parent.children[ids] = Node(ids, parent, parent.depth + 1, 1.0, [])
+                tree.append(parent.children[ids])
+        drafted = ordered(root, tree[1:])
+        self.sequence.draft = drafted
+        logits = self.logits()
+        path, row = [], 0
+        verified = logits.shape[0] - 1  # what passes the budget is cut off
+        assert 0 <= verified <= len(drafted)
+        while True:
+            node = (path[-1] if path else root).children.get(int(logits[row].argmax()))
+            if node is None or node.row >= verified:
+                break
+            assert node.token == self.next_after(node.parent)
+            path.append(node)
+            row = 1 + node.row
+        self.sequence.keep(path)
+        self.text += [node.token for node in path]
+
+    def next_after(self, node):
+        """The greedy token after the text and the path down to `node`, by a fresh forward."""
+        path = []
+        while node.parent is not None:
+            path.insert(0, node.token)
+            node = node.parent
+        grown = layout(self.placement, [*self.text, *path], self.pieces, self.boundary)
+        return int(reference_logits(self.plain, *grown)[-1].argmax())
+
+    @rule(draft=st.lists(token, max_size=3))
+    def stop_within_a_step(self, draft):
         """A cancelled forward: slices were taken, one step at most was computed, nothing was accepted after it."""
+        root = parent = Node(-1, None, 0, 1.0, [])
+        nodes = []
+        for id_ in draft[: LIMIT - RESERVED - len(self.text)]:
+            parent.children[id_] = Node(id_, parent, parent.depth + 1, 1.0, [])
+            parent = parent.children[id_]
+            nodes.append(parent)
+        self.sequence.draft = ordered(root, nodes)
         slices = self.sequence.take(self.budget)
         if slices:
             self.runner.forward(slices)
+        self.sequence.draft = ()
 
     @precondition(lambda self: self.turn is not None)
     @rule(keep=st.booleans())

@@ -1,0 +1,180 @@
+"""What is drafted, when it pays and when it does not; what a forward costs."""
+
+import numpy as np
+import pytest
+
+from longstride.engine.attention import Slice
+from longstride.engine.costs import StepCosts
+from longstride.engine.draft import Drafter, Rates
+from longstride.engine.history import GAP
+
+CHEAP = (1.0, 0.01)  # a drafted token costs a hundredth of a forward
+DEAR = (1.0, 1.0)
+
+
+def paths(draft):
+    """The drafted tokens, each with what stands before it."""
+    found = []
+    for node in draft.nodes:
+        tokens, at = [], node
+        while at.parent is not None:
+            tokens.insert(0, at.token)
+            at = at.parent
+        found.append(tokens)
+    return found
+
+
+def test_a_long_match_is_drafted_to_the_depth_asked_for():
+    drafter = Drafter()
+    drafter.read.extend(range(100))
+    drafter.begin([200, 201])
+    draft = drafter.propose(range(20, 50), 12, *CHEAP)
+    assert paths(draft)[-1] == list(range(50, 62))
+    assert [node.row for node in draft.nodes] == list(range(len(draft.nodes)))
+
+
+def test_a_tree_holds_several_continuations_and_a_single_branch_one():
+    texts = [*[1, 2, 3, 4, GAP] * 3, *[1, 2, 7, 8, GAP] * 2, 1, 2, 9, GAP]
+    both = {}
+    for branches in (True, False):
+        drafter = Drafter(branches=branches)
+        drafter.read.extend(texts)
+        both[branches] = paths(drafter.propose([1, 2], 4, *CHEAP))
+    assert {tuple(p) for p in both[True]} >= {(3,), (3, 4), (7,), (7, 8), (9,)}
+    assert both[True][0] == [3]  # the most frequent first
+    assert both[False] == [[3], [3, 4]]
+
+
+def test_nothing_is_drafted_where_it_does_not_pay():
+    def drafted(tail, depth, *cost, **others):
+        drafter = Drafter()
+        drafter.read.extend(range(100))
+        return len(drafter.propose(tail, depth, *cost, **others).nodes)
+
+    assert drafted(range(20, 50), 12, *CHEAP) == 12
+    assert drafted(range(20, 50), 12, *DEAR) == 0
+    assert drafted(range(20, 50), 0, *CHEAP) == 0
+    assert drafted([500, 501], 12, *CHEAP) == 0
+    assert drafted(range(20, 50), 12, *CHEAP, most=5) == 5
+    # others get a token of the same forward: what slows them must bring more
+    assert 0 < drafted([1, 2, 3], 30, 1.4, 0.1, beside=4) < drafted([1, 2, 3], 30, 1.0, 0.1)
+
+
+def test_drafts_stop_when_they_are_wrong_and_come_back_when_they_would_be_right():
+    """What was not drafted is watched as well, so finding out costs no forward."""
+    drafter = Drafter()
+    drafter.read.extend(list(range(100)) * 2)
+    cost = (1.0, 0.3)
+
+    def step(tail, token):
+        draft = drafter.propose(tail, 1, *cost)
+        drafter.observe(draft.root, token)
+        return bool(draft.nodes)
+
+    before = [step([i - 2, i - 1], i) for i in range(10, 20)]
+    wrong = [step([i - 2, i - 1], 777) for i in range(20, 90)]
+    right = [step([i - 2, i - 1], i) for i in range(2, 90)]
+    assert before[-1]
+    assert not any(wrong[-30:])
+    assert all(right[-10:])
+
+
+def test_a_new_question_follows_no_lead_of_the_last():
+    drafter = Drafter()
+    drafter.read.extend(range(100))
+    drafter.begin([200])
+    drafter.propose(range(20, 50), 12, *CHEAP)
+    assert drafter.leads
+    drafter.begin([201])
+    assert drafter.propose([201], 12, *CHEAP).nodes == []
+
+
+def test_even_where_rows_cost_nothing_an_improbable_token_is_not_drafted():
+    drafter = Drafter()
+    drafter.read.extend([1, *range(500, 600)])
+    nodes = drafter.propose([1], 40, 1.0, 0.0).nodes
+    assert nodes
+    assert all(node.probability >= 0.02 for node in nodes)
+    assert len(nodes) < 40
+
+
+def test_a_lead_is_followed_over_a_difference():
+    """A log line with another time: what comes after it is drafted at once, not after the next match."""
+    line = [50, 51, 52, 53, 1, 60, 61, 62, 63, 64]
+    drafter = Drafter()
+    drafter.read.extend([*line, GAP])
+    drafter.begin([])
+    tail = line[:4]
+    drafter.propose(tail, 8, *CHEAP)
+    drafter.say(2)  # not 1
+    draft = drafter.propose([*tail, 2], 8, *CHEAP)
+    assert paths(draft)[-1] == [60, 61, 62, 63, 64]
+
+
+def test_the_passages_of_another_question_are_not_drafted_from():
+    drafter = Drafter()
+    drafter.begin([1])
+    drafter.show([[70, 71, 72, 73]])
+    assert paths(drafter.propose([70, 71], 4, *CHEAP))[-1] == [72, 73]
+    drafter.begin([2])
+    assert drafter.propose([70, 71], 4, *CHEAP).nodes == []
+
+
+def test_what_is_kept_of_answers_is_bounded(monkeypatch):
+    monkeypatch.setattr(Drafter, "SAID_LIMIT", 100)
+    drafter = Drafter()
+    for i in range(50):
+        drafter.begin(range(1000 * i, 1000 * i + 20))
+        drafter.say(7)
+    drafter.propose([1], 1, *CHEAP)
+    assert drafter.said.size <= 130
+    assert paths(drafter.propose([49_001, 49_002], 2, *CHEAP))[-1] == [49_003, 49_004]
+
+
+def test_rates_follow_what_is_seen():
+    rates = Rates()
+    kind, other = rates.kind(2, step=False), rates.kind(40, step=True)
+    start = rates[other]
+    for _ in range(400):
+        rates.observe(kind, right=False)
+    assert rates[kind] < 0.03
+    for _ in range(400):
+        rates.observe(kind, right=True)
+    assert rates[kind] > 0.9
+    assert rates[other] == start
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_costs_are_learned_from_forwards(scale):
+    """Terms of another machine than the one whose proportions they begin with."""
+    true = scale * np.array([0.010, 0.0004, 0.002, 0.0001])
+    costs = StepCosts()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        rows, keys = int(rng.integers(1, 40)), int(rng.integers(50, 4000))
+        seconds = float(true @ [1, rows, keys / 1000, rows * keys / 1000])
+        costs.observe([Slice(None, [0] * rows, range(rows), keys - rows)], seconds * rng.uniform(0.9, 1.1))
+    fixed, slope = costs.linear(1, 2000)
+    assert fixed == pytest.approx(true @ [1, 1, 2, 2], rel=0.1)
+    assert slope == pytest.approx(true @ [0, 1, 0, 2], rel=0.15)
+
+
+def test_a_slow_beginning_is_forgotten():
+    """A cold forward of many rows, then plain steps: no draft is needed to find out that rows are cheap."""
+    costs = StepCosts()
+    for rows, seconds in ((40, 3.0), (40, 1.5), *[(1, 0.04)] * 80):
+        costs.observe([Slice(None, [0] * rows, range(rows), 500)], seconds)
+    fixed, slope = costs.linear(1, 500)
+    assert fixed == pytest.approx(0.04, rel=0.1)
+    assert slope < 0.2 * fixed
+
+
+def test_one_slow_forward_does_not_change_what_is_known():
+    costs = StepCosts()
+    piece = [Slice(None, [0], [0], 500)]
+    for _ in range(50):
+        costs.observe(piece, 0.030)
+    costs.observe(piece, 30.0)
+    assert costs.linear(1, 500)[0] < 0.040
+    costs.observe([Slice(None, [0] * 500, range(500), 0)], 2.0)  # a forward that reads says nothing
+    assert costs.linear(1, 500)[0] < 0.040
