@@ -16,6 +16,7 @@ from longstride.engine.history import GAP, WINDOW, History
 
 MOST_NODES = 48
 LEAST = 0.02  # a token less probable than this is never drafted
+GAIN = 1.05  # a draft that promises less is not made: looking it up and the first row behind another cost something too
 LEAD = 4  # a match this long is followed in step from then on
 LEADS = 2
 DIFFERENCES = 4  # after so many, with no `SETTLED` tokens alike between them, it is given up
@@ -194,6 +195,8 @@ class Drafter:
                 break
             taken.append(node)
             expected += node.probability
+        if expected * fixed < GAIN * (1.0 + beside) * (fixed + slope * len(taken)):
+            taken = []
         return Draft(root, ordered(root, taken), match)
 
     def _lead(self, longest: Lead | None) -> None:

@@ -57,7 +57,7 @@ def test_nothing_is_drafted_where_it_does_not_pay():
     assert drafted([500, 501], 12, *CHEAP) == 0
     assert drafted(range(20, 50), 12, *CHEAP, most=5) == 5
     # others get a token of the same forward: what slows them must bring more
-    assert 0 < drafted([1, 2, 3], 30, 1.4, 0.1, beside=4) < drafted([1, 2, 3], 30, 1.0, 0.1)
+    assert 0 < drafted([1, 2, 3], 30, 1.4, 0.05, beside=4) < drafted([1, 2, 3], 30, 1.0, 0.05)
 
 
 def test_drafts_stop_when_they_are_wrong_and_come_back_when_they_would_be_right():
