@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", type=Path, help="folder of evaluation texts; without it the shipped chapters")
+    parser.add_argument("--tasks", help="only these kinds of prompts, separated by commas; all when not given")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of each kind")
     parser.add_argument("--tokens", type=int, default=128, help="tokens written at most")
     parser.add_argument("--lookups", default="4,10", help="draft lengths that prompt lookup may choose from")
@@ -130,9 +131,11 @@ def main() -> None:
     llama = LlamaCpp(options.llama_python, context=LIMIT) if options.llama_python is not None else None
     workloads = Workloads(model.tokenizer, options.data)
     bench = Bench(model, plain, llama, options)
+    wanted = None if options.tasks is None else options.tasks.split(",")
     for prompt in workloads.all(options.prompts):
-        bench.measure(prompt)
-    if options.data is not None:
+        if wanted is None or prompt.task.split(",")[0] in wanted:
+            bench.measure(prompt)
+    if options.data is not None and wanted is None:
         bench.contexts(workloads, list(map(int, options.contexts.split(","))))
     if llama is not None:
         llama.close()

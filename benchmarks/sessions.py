@@ -34,7 +34,7 @@ async def measure(model: Model, ids: list[int], options: argparse.Namespace, fol
     rows[counts[0]].system = "one-session"
     beside = Row("beside a reader", {"length": "1 sessions", **setting}, "ms between tokens, longest")
     async with Assistant.open(folder / "s.db", model=model, blocks_limit_bytes=0) as assistant:
-        sessions = [await assistant.session(f"s{i}") for i in range(max(counts))]
+        sessions = [await assistant.session(f"s{i}", drafting="off") for i in range(max(counts))]  # a token a step
         for i, session in enumerate(sessions):
             await session.feed_ids(ids[i * 10 : i * 10 + options.length])
         for _ in range(options.rounds):
