@@ -15,7 +15,7 @@ class StepCosts:
 
     The four terms are the weights read once, the products of each row, the keys and values read once, and the scores.
     Older forwards are forgotten with a memory of about `MEMORY`. Before the first one, and for what was not tried yet,
-    the proportions are those of the embedded model on two CPU cores.
+    the proportions are a guess that suits a small model on a CPU.
     """
 
     START = np.array([33.0, 2.6, 4.3, 0.75])  # ms: once, a row, 1,000 keys, a row over 1,000 keys

@@ -27,8 +27,8 @@ class Rates:
     """How often the next token was one of those that a kind of evidence named.
 
     Evidence is an exact match of some length, or a text followed in step since its last difference (`Lead`); a class
-    is such a kind with a range of lengths. Begins with what was measured on recorded answers (docs/methods.md) as if
-    seen `WEIGHT` times, and forgets with a memory of `MEMORY` observations, so that it follows the text.
+    is such a kind with a range of lengths. Begins with a guess, as if seen `WEIGHT` times, and forgets with a memory of
+    `MEMORY` observations, so that it follows the text.
     """
 
     EDGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # from each to the next
@@ -92,7 +92,7 @@ class Node:
     parent: "Node | None"
     depth: int
     probability: float
-    places: list["Place"]
+    places: list[Place]
     expected: list[tuple[int, set[int]]] = field(default_factory=list)
     children: dict[int, "Node"] = field(default_factory=dict)
     row: int = -1  # in the order of `Draft.nodes`; the root has none
@@ -117,8 +117,7 @@ class Drafter:
     """Drafts for one session, from nothing but that session's own texts.
 
     `read`: the stream. `said`: what was drafted for, questions and answers, the present one's last (after a restart the
-    answers alone). `view`: passages in view. `branches`:
-    whether a token may have several successors. Not thread-safe.
+    answers alone). `view`: passages in view. `branches`: whether a token may have several successors. Not thread-safe.
     """
 
     SAID_LIMIT = 1 << 16  # tokens of questions and answers kept; half are dropped when it is passed
@@ -254,11 +253,11 @@ def ordered(root: Node, taken: list[Node]) -> list[Node]:
     for node in taken:  # most probable first, so siblings are in that order
         if node.parent is not None:
             node.parent.children[node.token] = node
-    ordered: list[Node] = []
+    rows: list[Node] = []
     stack = [*reversed(root.children.values())]
     while stack:
         node = stack.pop()
-        node.row = len(ordered)
-        ordered.append(node)
+        node.row = len(rows)
+        rows.append(node)
         stack += reversed(node.children.values())
-    return ordered
+    return rows

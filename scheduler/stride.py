@@ -4,6 +4,7 @@ A policy is asked after every generated token (a turn begins with a retrieval, u
 `Never`). Whatever it says, a retrieval that brings the passages already in place rewrites nothing.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,18 +23,19 @@ class Moment:
     last_query: Sequence[int]  # what the last one asked with
 
 
-class Policy:
+class Policy(ABC):
     """When to retrieve again."""
 
+    @abstractmethod
     def due(self, moment: Moment) -> bool:
         """Whether to retrieve now."""
-        raise NotImplementedError
 
-    def ahead(self, since: int) -> int | None:
+    def ahead(self, since: int) -> int | None:  # noqa: ARG002 - for those who can tell
         """How many more tokens can come before a retrieval is due, `since` tokens after the last; None: not known.
 
         Drafts are not made any longer, as what follows a retrieval cannot be kept. It need not be exact.
         """
+        return None
 
 
 @dataclass(frozen=True)
