@@ -153,9 +153,13 @@ class Sequence:
         if self.store is None:
             return
         context = self.context
-        fresh = {piece.row: piece for piece in slices}
-        for part in context.parts(slices[0].row) if slices else ():
-            if part.piece is not None and part.row in fresh and fresh[part.row].stop == part.stop:
+        first = context.plain_rows
+        if not slices or slices[0].row >= first + context.segment_rows:
+            return
+        # a passage is whole when its last row was computed, in however many forwards
+        ends = {piece.stop - piece.drafted for piece in slices}
+        for part in context.parts(first):
+            if part.piece is not None and part.stop in ends:
                 rows = self.cache.read_rows(part.row, part.stop)
                 self.store.put(context.text[: context.sink], part.ids, part.position, rows)
 

@@ -72,6 +72,7 @@ class Device:
         self._closing = False
         self._together = 0  # steps that shared the last forward or were left over by it
         self._answered = -math.inf  # when a token was last decoded
+        self._writer: Sequence | None = None  # the text it was for, None when there were several
         self._thread = threading.Thread(target=self._loop, name="longstride-device", daemon=True)
         self._thread.start()
 
@@ -142,9 +143,12 @@ class Device:
         # who has been left over a few times goes first
         steps.sort(key=lambda step: step.sequence.pending if step.passed < PATIENCE else -step.passed)
         left = self.budget_tokens
-        if any(step.sequence.pending == 1 for step in steps):
+        writers = [step.sequence for step in steps if step.sequence.pending == 1]
+        if writers:
             self._answered = time.monotonic()
-        if time.monotonic() - self._answered < ANSWERING_S:
+            self._writer = writers[0] if len(writers) == 1 else None
+        alone = len(steps) == 1 and steps[0].sequence is self._writer  # then nobody else waits
+        if time.monotonic() - self._answered < ANSWERING_S and not alone:
             left = max(left // BESIDE, len(steps))  # someone waits for tokens: whoever reads takes small bites
         # who reads leaves half to drafts, which take no more of what the others have due
         drafts = max(left // 2, left - sum(step.sequence.pending for step in steps))

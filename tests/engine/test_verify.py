@@ -118,12 +118,36 @@ def test_a_cache_that_grows_for_a_draft_keeps_what_was_copied_behind_a_part_to_c
     torch.testing.assert_close(logits[0], fresh_logits(plain, sequence, []), atol=1e-4, rtol=1e-4)
 
 
-def test_what_a_budget_has_no_room_for_is_cut_off_the_end_of_a_draft():
-    plain, runner = tiny_model("llama")
-    expected = generate(runner, in_view(runner, Placement.END, 1), 9).tokens
-    sequence = in_view(runner, Placement.END, 1)
+def drafted_rightly(runner, placement, count):
+    """(what greedy decoding writes, the same begun with a draft that knows it)."""
+    expected = generate(runner, in_view(runner, placement, 1), count).tokens
+    sequence = in_view(runner, placement, 1)
     decoding = Decoding(sequence, Sampler(Sampling()), frozenset(), drafter=Scripted(expected))
     decoding.draft(20, runner.costs)
+    return expected, decoding
+
+
+def test_a_passage_computed_in_several_forwards_is_kept_for_the_next_time():
+    _, runner = tiny_model("llama")
+    store = MemoryPieces("tiny", 1 << 20)
+    context = Context(PROMPT, placement=Placement.BESIDE, limit=400, reserved=24, refresh=5)
+    sequence = Sequence(runner, context, max_rows=448, store=store)
+    context.append(range(40))
+    sequence.rewrite(PIECES)
+    sequence.run(runner, budget=3)
+    assert sequence.copied == 0
+    computed = sequence.computed
+    sequence.rewrite([])
+    sequence.rewrite(PIECES)
+    sequence.run(runner, budget=3)
+    assert sequence.copied == sum(map(len, PIECES))
+    assert sequence.computed - computed == context.refresh
+
+
+def test_what_a_budget_has_no_room_for_is_cut_off_the_end_of_a_draft():
+    plain, runner = tiny_model("llama")
+    expected, decoding = drafted_rightly(runner, Placement.END, 9)
+    sequence = decoding.sequence
     size = len(decoding.proposal.nodes)
     due = sequence.pending
     (*_, last) = slices = sequence.take(due + 4)
@@ -208,10 +232,8 @@ def test_an_end_in_the_middle_of_a_draft_ends_the_text():
 def test_who_takes_tokens_can_stop_within_a_draft():
     """A rewrite falls due after three tokens: what comes behind them is not kept, and is right afterwards."""
     plain, runner = tiny_model("llama")
-    expected = generate(runner, in_view(runner, Placement.BESIDE, 3), 6).tokens
-    sequence = in_view(runner, Placement.BESIDE, 3)
-    decoding = Decoding(sequence, Sampler(Sampling()), frozenset(), drafter=Scripted(expected))
-    decoding.draft(20, runner.costs)
+    expected, decoding = drafted_rightly(runner, Placement.BESIDE, 6)
+    sequence = decoding.sequence
     heard: list[Choice] = []
 
     def take(choice):

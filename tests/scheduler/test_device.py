@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from longstride.engine.context import Context, Placement
+from longstride.engine.draft import Node, ordered
 from longstride.engine.sequence import Sequence
 from longstride.scheduler.device import BESIDE, Device
 from tests.tiny import tiny_model
@@ -70,3 +71,28 @@ async def test_who_reads_beside_an_answer_takes_small_bites(device):
 async def test_who_reads_alone_takes_the_whole_budget(device):
     await run_together(device, sequence(500, 10))
     assert device.runner.forwards == [[BUDGET]]
+
+
+async def test_a_draft_leaves_a_reader_half_of_the_bite(device):
+    reading, writing = sequence(500, 10), sequence(1, 20)
+    root = parent = Node(-1, None, 0, 1.0, [])
+    nodes = []
+    for token in range(20):
+        parent = Node(token, parent, parent.depth + 1, 1.0, [])
+        nodes.append(parent)
+    writing.draft = ordered(root, nodes)
+    bite = BUDGET // BESIDE
+    rows, _ = await run_together(device, writing, reading)
+    assert device.runner.forwards == [[1 + bite // 2, bite - 1 - bite // 2]]
+    assert rows.shape[0] == 1 + bite // 2
+    assert writing.company == (0, bite - 1 - bite // 2)
+    assert reading.company == (1, 1 + bite // 2)
+
+
+async def test_the_next_question_on_a_text_does_not_wait_for_its_own_last_answer(device):
+    """Small bites are for others: where nobody else is answered, a prompt is read at once."""
+    one = sequence(1, 20)
+    await run_together(device, one)
+    one.context.append([5] * 300)
+    await run_together(device, one)
+    assert device.runner.forwards == [[1], [BUDGET]]
