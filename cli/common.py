@@ -37,6 +37,12 @@ Placement = Annotated[
 Window = Annotated[
     str | None, typer.Option("--window", help="When the context is full: refuse or sinks.", show_default="refuse")
 ]
+Collections = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--collection", help="Retrieve from this collection of documents; repeat for more.", show_default="default"
+    ),
+]
 Stride = Annotated[
     int | None, typer.Option("--stride", help="Retrieve every so many generated tokens.", show_default="16")
 ]

@@ -11,10 +11,13 @@ from longstride.errors import BadInput
 from longstride.scheduler.convert import text_of
 from longstride.scheduler.settings import load_settings
 from longstride.storage.database import Database
-from longstride.storage.documents import Documents
+from longstride.storage.documents import DEFAULT, Documents, check_collection
 
 if TYPE_CHECKING:
     from longstride.scheduler.assistant import Assistant
+
+Owner = Annotated[str, typer.Option("--collection", help="The collection.")]
+Only = Annotated[str | None, typer.Option("--collection", help="Only this collection.", show_default="all")]
 
 app = typer.Typer(help="Add, list, search and remove the documents that retrieval draws on.", no_args_is_help=True)
 
@@ -39,35 +42,37 @@ def _database(db: Path | None) -> Database:
     return Database(load_settings(**c.given(db=db)).db)
 
 
-async def _add(assistant: "Assistant", path: Path) -> tuple[str, str]:
+async def _add(assistant: "Assistant", path: Path, collection: str) -> tuple[str, str]:
     """(what became of a file: added, known or failed; details)."""
     try:
         text = await asyncio.to_thread(text_of, path)
-        passages = await assistant.add_document(path.name, text, str(path))
+        passages = await assistant.add_document(path.name, text, str(path), collection)
     except BadInput as error:
         reason = str(error)
         await assistant.database.awrite(lambda tables: assistant.documents.fail(tables, str(path), reason))
         return "failed", reason
     if passages is None:
-        return "known", "the same text is stored already"
+        return "known", f"the same text is in collection {collection!r} already"
     return "added", f"{passages:,} passages"
 
 
 @app.command()
 def add(
     paths: Annotated[list[Path], typer.Argument(help="Files and folders: txt, Markdown, HTML, PDF.")],
+    collection: Owner = DEFAULT,
     db: c.Db = None,
     model: c.ModelName = None,
     json: c.Json = False,
 ) -> None:
     """Add documents. A file that cannot be read is named with its reason (exit code 1); the others go in."""
+    check_collection(collection)
     files = [path.resolve() for path in files_under(paths)]
     results: list[dict[str, str]] = []
 
     async def work() -> None:
         async with c.Opened(db=db, model=model) as assistant:
             for path in files:
-                status, detail = await _add(assistant, path)
+                status, detail = await _add(assistant, path, collection)
                 results.append({"path": str(path), "status": status, "detail": detail})
                 if not json:
                     console = c.err if status == "failed" else c.out
@@ -81,18 +86,19 @@ def add(
 
 
 @app.command("list")
-def list_(db: c.Db = None, json: c.Json = False) -> None:
-    """List documents, and files that could not be added."""
+def list_(collection: Only = None, db: c.Db = None, json: c.Json = False) -> None:
+    """List documents with their collections, and files that could not be added."""
     database = _database(db)
     documents = Documents(database)
-    found, failures = documents.all(), documents.failures()
+    found, failures = documents.all(collection), documents.failures()
     database.close()
     if json:
         failed = [{"path": path, "reason": reason, "at": at} for path, reason, at in failures]
         c.print_json({"documents": [vars(d) for d in found], "failures": failed})
         return
     for d in found:
-        c.out.print(f"{d.id[:12]}  {d.name}  {d.characters:,} characters, {d.passages:,} passages", markup=False)
+        size = f"{d.characters:,} characters, {d.passages:,} passages"
+        c.out.print(f"{d.id[:12]}  {d.collection}  {d.name}  {size}", markup=False)
     for path, reason, _ in failures:
         c.out.print(f"failed        {path}: {reason}", markup=False, style="yellow")
     if not found and not failures:
@@ -103,6 +109,7 @@ def list_(db: c.Db = None, json: c.Json = False) -> None:
 def search(
     query: Annotated[str, typer.Argument(help="Words to look for.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Passages to show.")] = 5,
+    collection: Only = None,
     db: c.Db = None,
     json: c.Json = False,
 ) -> None:
@@ -110,7 +117,8 @@ def search(
     from longstride.scheduler.retriever import Retriever
 
     database = _database(db)
-    found = c.run(Retriever(Documents(database)).search(query, count))
+    collections = None if collection is None else [collection]
+    found = c.run(Retriever(Documents(database)).search(query, count, collections=collections))
     database.close()
     if json:
         c.print_json([vars(p) for p in found])
@@ -122,12 +130,14 @@ def search(
 
 @app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="A document's name, or the beginning of its id.")], db: c.Db = None
+    name: Annotated[str, typer.Argument(help="A document's name, or the beginning of its id.")],
+    collection: Owner = DEFAULT,
+    db: c.Db = None,
 ) -> None:
-    """Remove a document and its passages."""
+    """Remove a document from a collection; when it is in no other, its text and passages go."""
     database = _database(db)
     documents = Documents(database)
-    found = documents.find(name)
-    database.write(lambda tables: documents.remove(tables, found.id))
+    found = documents.find(name, collection)
+    database.write(lambda tables: documents.remove(tables, found.id, collection))
     database.close()
-    c.out.print(f"removed {found.name} ({found.passages:,} passages)", markup=False)
+    c.out.print(f"removed {found.name} ({found.passages:,} passages) from collection {collection}", markup=False)

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from longstride.cli import common as c
-from longstride.errors import LongstrideError
 from longstride.scheduler.settings import load_settings
 from longstride.storage.blocks import Blocks
 from longstride.storage.database import Database
 from longstride.storage.sessions import Sessions
+from longstride.storage.verify import verify as everything_wrong
 
 app = typer.Typer(help="List, show, verify and remove saved sessions.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="The session's name.")]
@@ -28,11 +28,15 @@ def list_(db: c.Db = None, json: c.Json = False) -> None:
     blocks, size = Blocks(database, 0).usage()
     database.close()
     if json:
-        rows = [{"name": s.name, "tokens": s.tokens, "model": s.model, "updated_at": s.updated_at} for s in found]
+        keys = ("name", "tokens", "model", "updated_at", "sound")
+        rows = [{key: getattr(s, key) for key in keys} for s in found]
         c.print_json({"sessions": rows, "blocks": blocks, "blocks_bytes": size})
         return
     for s in found:
-        c.out.print(f"{s.name}  {s.tokens:,} tokens  {s.model}  {s.updated_at}", markup=False)
+        if s.sound:
+            c.out.print(f"{s.name}  {s.tokens:,} tokens  {s.model}  {s.updated_at}", markup=False)
+        else:
+            c.out.print(f"{s.name}  damaged: restore a backup, or remove it", markup=False, style="yellow")
     if not found:
         c.out.print("no sessions yet; start one with: longstride read FILE --session NAME")
     c.out.print(f"{blocks:,} blocks of KV, {size / 1e6:,.1f} MB", style="dim")
@@ -43,11 +47,11 @@ def show(name: Name, db: c.Db = None, json: c.Json = False) -> None:
     """Show a session: its settings, and its answers with their sources."""
     database = _database(db)
     sessions = Sessions(database)
-    s = sessions.get(name)
+    s, *_ = sessions.load(sessions.get(name).id)
     answers = sessions.answers(s.id)
     database.close()
     if json:
-        c.print_json({**{k: v for k, v in vars(s).items() if k != "prompt"}, "answers": answers})
+        c.print_json({**{k: v for k, v in vars(s).items() if k not in ("prompt", "sound")}, "answers": answers})
         return
     c.out.print(
         f"{s.name}: {s.tokens:,} tokens read with {s.model}, the context begins at token {s.window_start:,}",
@@ -64,19 +68,9 @@ def show(name: Name, db: c.Db = None, json: c.Json = False) -> None:
 
 @app.command()
 def verify(db: c.Db = None, json: c.Json = False) -> None:
-    """Check the database, every session's token ids and every block of KV; exit code 1 if anything is unsound."""
+    """Check the file and every session, document and block of KV in it; exit code 1 if anything is unsound."""
     database = _database(db)
-    problems = database.check()
-    sessions = Sessions(database)
-    for s in sessions.all():
-        try:
-            stored = len(sessions.stream(s.id)) // 4
-        except LongstrideError as error:
-            problems.append(f"session {s.name}: {error}")
-            continue
-        if stored != s.tokens:
-            problems.append(f"session {s.name}: {stored} tokens are stored, {s.tokens} were read")
-    problems += Blocks(database, 0).verify()
+    problems = everything_wrong(database)
     database.close()
     if json:
         c.print_json({"sound": not problems, "problems": problems})

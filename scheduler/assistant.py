@@ -3,16 +3,19 @@
 import asyncio
 import sqlite3
 from array import array
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from sqlite_utils import Database as Tables
 
 from longstride.engine.embedded import Progress, silent
 from longstride.engine.identity import pack_ids, unpack_ids
 from longstride.engine.model import Model, load_model
 from longstride.engine.pieces import MemoryPieces
 from longstride.errors import BadInput
-from longstride.scheduler.core import Core
+from longstride.scheduler.core import Change, Core
 from longstride.scheduler.device import Device
 from longstride.scheduler.passages import split_text
 from longstride.scheduler.residency import Residency
@@ -21,7 +24,7 @@ from longstride.scheduler.session import Session
 from longstride.scheduler.settings import SessionSettings, Settings, changed, load_settings
 from longstride.storage.blocks import Blocks
 from longstride.storage.database import Database
-from longstride.storage.documents import Documents
+from longstride.storage.documents import DEFAULT, Documents, check_collection
 from longstride.storage.sessions import Sessions, StoredSession
 
 
@@ -117,7 +120,7 @@ class Assistant:
                     await asyncio.to_thread(self.sessions.get, name)
                 session = await self._create(name, changed(self.settings.for_sessions(), changes))
             else:
-                session = await self._resume(stored, changes)
+                session = await self._resume(stored.id, changes)
             self._open[name] = session
             self.core.residency.admit(session.snapshot)
             return session
@@ -136,7 +139,8 @@ class Assistant:
         )
         return session
 
-    async def _resume(self, stored: StoredSession, changes: dict[str, Any]) -> Session:
+    async def _resume(self, session_id: int, changes: dict[str, Any]) -> Session:
+        stored, ids, passages = await asyncio.to_thread(self.sessions.load, session_id)
         if stored.vocabulary != self.model.vocabulary:
             raise BadInput(
                 f"session {stored.name!r} was read with another tokenizer (model {stored.model}); open it with "
@@ -144,41 +148,58 @@ class Assistant:
             )
         settings = changed(self.settings.for_sessions(), {**stored.settings, **changes})
         session = Session(self.core, stored, settings)
-        stream = array("I", unpack_ids(await asyncio.to_thread(self.sessions.stream, stored.id)))
-        passages = await asyncio.to_thread(self.sessions.passages, stored.id)
-        await session.restore(stored, stream, passages)
+        await session.restore(stored, array("I", unpack_ids(ids)), passages)
         if changes:
             data = settings.model_dump(mode="json")
             await self.database.awrite(lambda tables: self.sessions.change(tables, stored.id, data))
         return session
 
-    async def remove_session(self, name: str) -> None:
-        """Delete a session with all its text, and the stored KV that no other session holds."""
-        stored = await asyncio.to_thread(self.sessions.get, name)
+    def close_session(self, name: str, why: str = "it was closed") -> None:
+        """Let go of a session's memory, once what it is doing has ended; what is stored of it stays."""
         held = self._open.pop(name, None)
         if held is not None:
-            held.retire("it was removed")
+            held.close(why)
             self.core.residency.forget(held.snapshot)
-        await self.database.awrite(lambda tables: self.sessions.remove(tables, stored.id))
+
+    async def remove_session(self, name: str, *, jobs_before: int | None = None, also: Change | None = None) -> None:
+        """Delete a session with all its text and messages, and the stored KV that no other session holds.
+
+        `jobs_before`: only messages received before that one; `also` joins the transaction.
+        """
+        stored = await asyncio.to_thread(self.sessions.get, name)
+
+        def change(tables: Tables) -> None:
+            self.sessions.remove(tables, stored.id, jobs_before=jobs_before)
+            if also is not None:
+                also(tables)
+
+        self.close_session(name, "it was removed")
+        await self.database.awrite(change)
 
     # --- documents ---
 
-    async def add_document(self, name: str, text: str, path: str | None = None) -> int | None:
-        """Store a document for retrieval; returns its passages, or None if the same text is there already.
+    async def add_document(
+        self, name: str, text: str, path: str | None = None, collection: str = DEFAULT
+    ) -> int | None:
+        """Put a document into a collection, for retrieval; returns its passages, or None if the same text is there
+        already.
 
-        Raises `BadInput` for a text without words.
+        Raises `BadInput` for a text without words and for a collection that cannot have this name.
         """
+        check_collection(collection)
         if not text.strip():
             raise BadInput("the file is empty" if not text else "the file holds no text")
-        if await asyncio.to_thread(self.documents.exists, self.documents.identity(text)):
+        if await asyncio.to_thread(self.documents.exists, self.documents.identity(text), collection):
             return None
         spans = await asyncio.to_thread(split_text, text, self.model.tokenizer, self.settings.passage_tokens)
         try:
-            ids = await self.database.awrite(lambda tables: self.documents.add(tables, name, path, text, spans))
+            ids = await self.database.awrite(
+                lambda tables: self.documents.add(tables, name, path, text, spans, collection)
+            )
         except sqlite3.IntegrityError:
             return None  # another process added the same text a moment ago
         return len(ids)
 
-    async def search(self, query: str, count: int = 5) -> list[Passage]:
-        """The best passages of the documents for `query`."""
-        return await self.retriever.search(query, count)
+    async def search(self, query: str, count: int = 5, collections: Collection[str] | None = None) -> list[Passage]:
+        """The best passages for `query` of the documents in `collections` (None: in any)."""
+        return await self.retriever.search(query, count, collections=collections)

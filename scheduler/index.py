@@ -23,6 +23,7 @@ MANY = 256  # passages that are sorted at once and pass the tail by
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 
 def terms_of(texts: Sequence[str]) -> list[list[str]]:
@@ -126,6 +127,11 @@ class PassageIndex:
                 self.size += len(texts)
                 self.total_length += int(lengths.sum())
 
+    @property
+    def count(self) -> int:
+        """Passages that are searched: all."""
+        return self.size
+
     def _make_room(self, passages: int) -> None:
         while self.size + passages > len(self._lengths):
             self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
@@ -194,16 +200,46 @@ class PassageIndex:
                 passages, counts = merged.passages[span], merged.counts[span]
         return passages, counts, lengths[passages]
 
+    def select(self, mask: Mask | None = None) -> "Selection":
+        """The passages that are here now; with a mask those of the first `len(mask)` that it names."""
+        with self._lock:
+            if mask is None or (len(mask) == self.size and mask.all()):
+                return Selection(self, self.size, self.size, self.total_length)
+            length = int(self._lengths[: len(mask)][mask].sum(dtype=np.float64))
+            return Selection(self, len(mask), int(np.count_nonzero(mask)), length, mask)
 
-def scores(indexes: Sequence[PassageIndex], query: str) -> list[Floats]:
-    """Scores of all passages of each index, as of one index over all of them together.
 
+@dataclass(frozen=True)
+class Selection:
+    """Some of an index's passages, scored as if it held no others, whatever is added to it. Copies nothing of it.
+
+    `size`: passages that have a number here; `count`: those selected, all when there is no mask.
+    """
+
+    index: PassageIndex
+    size: int
+    count: int
+    total_length: int
+    mask: Mask | None = None
+
+    def postings(self, term: str) -> tuple[Ints, Floats, Floats]:
+        """(passages, term counts, passage lengths) of a term."""
+        passages, counts, lengths = self.index.postings(term)
+        chosen: slice | NDArray[np.intp] = slice(int(np.searchsorted(passages, self.size)))
+        if self.mask is not None:
+            chosen = np.flatnonzero(self.mask[passages[chosen]])
+        return passages[chosen], counts[chosen], lengths[chosen]
+
+
+def scores(indexes: Sequence[PassageIndex | Selection], query: str) -> list[Floats]:
+    """Scores of all passages of each index, as of one index over all of them together; 0 for what is not selected.
+
+    What may grow meanwhile is given as a selection.
     Robertson et al.'s BM25 in Lucene's form: sum over query terms of
     ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 (1 - b + b length / average length)).
     """
-    sizes = [index.size for index in indexes]
-    out = [np.zeros(size, np.float32) for size in sizes]
-    total = sum(sizes)
+    out = [np.zeros(index.size, np.float32) for index in indexes]
+    total = sum(index.count for index in indexes)
     length = sum(index.total_length for index in indexes)
     if not total or not length:
         return out
@@ -214,10 +250,7 @@ def scores(indexes: Sequence[PassageIndex], query: str) -> list[Floats]:
         if not df:
             continue
         idf = np.float32(repeated * np.log(1 + (total - df + 0.5) / (df + 0.5)))
-        for (passages, counts, lengths), into, size in zip(found, out, sizes, strict=True):
-            if len(passages) and passages[-1] >= size:  # added since the sizes were taken: for the next search
-                known = int(np.searchsorted(passages, size))
-                passages, counts, lengths = passages[:known], counts[:known], lengths[:known]  # noqa: PLW2901
+        for (passages, counts, lengths), into in zip(found, out, strict=True):
             # a term's passages are ascending and differ, so a plain indexed addition counts each once
             into[passages] += idf * (counts / (counts + (K1 * (1 - B) + K1 * B / average * lengths)))
     return out

@@ -5,20 +5,21 @@ import io
 import logging
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from longstride.scheduler.index import PassageIndex, scores
-from longstride.storage.documents import Documents
+from longstride.scheduler.index import Mask, PassageIndex, Selection, scores
+from longstride.storage.documents import Documents, Revision
 from longstride.storage.indexes import Indexes, StoredIndex
 
 log = logging.getLogger("longstride")
 FORMAT = "documents 1"
 SAVE_AFTER = 1000  # passages not in the stored index; a twentieth of a large one
+SELECTIONS = 64  # kept; one is made anew in about a millisecond
 
 
 @dataclass(frozen=True)
@@ -70,32 +71,58 @@ class DocumentIndex:
     def __init__(self, documents: Documents) -> None:
         self._documents = documents
         self._stored = Indexes(documents.database)
-        self._revision: tuple[int, int] | None = None
+        self._revision: Revision | None = None
         self._saved = 0
         self._lock = threading.Lock()
         self.index = PassageIndex()
         self.ids = array("q")  # passage ids in the database, by number in the index
+        self._members: dict[str, array[int]] = {}  # passage ids by collection
+        self._selections: dict[frozenset[str] | None, Selection] = {}  # by collections; of this revision
 
-    def refresh(self) -> tuple[PassageIndex, "array[int]"]:
-        """Take in what was added since; start anew when something was removed. Returns the index and its passages'
-        ids, which belong together whatever is refreshed later. Blocks."""
+    def refresh(self, collections: Collection[str] | None = None) -> tuple[Selection, "array[int]"]:
+        """Take in what was added since; start anew when something was removed. Returns the passages of documents in
+        `collections` (None: all) and the ids of all, which belong together whatever is refreshed later. Blocks."""
         with self._lock:
             self._refresh()
-            return self.index, self.ids
+            return self._select(None if collections is None else frozenset(collections)), self.ids
+
+    def _select(self, collections: frozenset[str] | None) -> Selection:
+        selection = self._selections.get(collections)
+        if selection is None:
+            if len(self._selections) >= SELECTIONS:
+                self._selections.pop(next(iter(self._selections)))
+            selection = self.index.select(None if collections is None else self._mask(collections))
+            self._selections[collections] = selection
+        return selection
+
+    def _mask(self, collections: frozenset[str]) -> Mask:
+        """Which of the index's passages are in one of `collections`."""
+        ids = np.array(self.ids, np.int64)
+        allowed = np.zeros(ids[-1] + 1 if len(ids) else 0, np.bool_)  # by id; ids grow with the numbers
+        for name in collections:
+            members = np.array(self._members.get(name, ()), np.int64)
+            allowed[members[members < len(allowed)]] = True
+        return allowed[ids]
 
     def _refresh(self) -> None:
-        revision = self._documents.revision()
-        if revision == self._revision:
+        if self._documents.revision() == self._revision:
             return
         if self._revision is None:
             self._load()
+        self._selections.clear()
+        # before the passages: what happens in between changes the revision, and is taken in at the next search
+        members = self._documents.members(since=self._revision or (0, 0))
         new = self._documents.passages(after=self.ids[-1] if self.ids else 0)
         if len(self.ids) + len(new) != self._documents.count():
             self.index, self.ids, self._saved = PassageIndex(), array("q"), 0
             new = self._documents.passages()
         self.ids.extend(passage.id for passage in new)  # before the index has them, as above
         self.index.add([passage.text for passage in new])
-        self._revision = revision
+        if members.whole:
+            self._members = {}
+        for name, passage in members.passages:
+            self._members.setdefault(name, array("q")).append(passage)
+        self._revision = members.revision
         if self.index.merge_due:
             self.index.merge()
         if len(self.ids) - self._saved > max(SAVE_AFTER, len(self.ids) // 20):
@@ -118,9 +145,9 @@ class DocumentIndex:
         self._saved = len(self.ids)
         self._documents.database.submit(lambda tables: self._stored.put(tables, index)).add_done_callback(_report)
 
-    def passages(self, found: dict[int, float]) -> dict[int, Passage]:
-        """The passages of these ids with their scores, without those that were removed meanwhile."""
-        stored = self._documents.some(list(found)) if found else {}
+    def passages(self, found: dict[int, float], collections: Collection[str] | None = None) -> dict[int, Passage]:
+        """The passages of these ids with their scores, without those that left `collections` meanwhile."""
+        stored = self._documents.some(list(found), collections) if found else {}
         return {
             id_: Passage(f"{p.document_id[:12]}:{id_}", p.document, p.start, p.stop, p.text, found[id_])
             for id_, p in stored.items()
@@ -140,19 +167,32 @@ class Retriever:
         self.documents = DocumentIndex(documents)
 
     async def search(
-        self, query: str, count: int, stream: StreamIndex | None = None, visible_from: int = 0
+        self,
+        query: str,
+        count: int,
+        stream: StreamIndex | None = None,
+        visible_from: int = 0,
+        collections: Collection[str] | None = None,
     ) -> list[Passage]:
         """The `count` best passages with a score above 0, best first; in a worker thread.
 
-        Passages of the stream that reach past token `visible_from` are in the context already and left out.
+        Passages of the stream that reach past token `visible_from` are in the context already and left out. Documents
+        outside `collections` (None: all) change nothing, neither the passages nor their scores.
         """
-        return await asyncio.to_thread(self._search, query, count, stream, visible_from)
+        return await asyncio.to_thread(self._search, query, count, stream, visible_from, collections)
 
-    def _search(self, query: str, count: int, stream: StreamIndex | None, visible_from: int) -> list[Passage]:
-        index, ids = self.documents.refresh()
-        indexes = [index, *([stream.index] if stream is not None else [])]
+    def _search(
+        self,
+        query: str,
+        count: int,
+        stream: StreamIndex | None,
+        visible_from: int,
+        collections: Collection[str] | None,
+    ) -> list[Passage]:
+        selection, ids = self.documents.refresh(collections)
+        selections = [selection, *([stream.index.select()] if stream is not None else [])]
         found: list[tuple[float, int, int]] = []
-        for s, values in enumerate(scores(indexes, query)):
+        for s, values in enumerate(scores(selections, query)):
             if s == 1 and stream is not None:
                 spans = stream.spans[: len(values)]
                 hidden = _first_reaching(spans, visible_from)
@@ -164,7 +204,7 @@ class Retriever:
         # equal scores: the order of adding decides, so that a search is repeatable
         found.sort(key=lambda hit: (-hit[0], hit[1], hit[2]))
         best_found = found[:count]
-        documents = self.documents.passages({ids[i]: value for value, s, i in best_found if s == 0})
+        documents = self.documents.passages({ids[i]: value for value, s, i in best_found if s == 0}, collections)
         passages = [
             stream.passage(i, value) if s and stream is not None else documents.get(ids[i])
             for value, s, i in best_found

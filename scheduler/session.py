@@ -8,21 +8,21 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from sqlite_utils import Database as Tables
 
 from longstride.engine.context import Context, Placement
-from longstride.engine.draft import MOST_NODES, Drafter
+from longstride.engine.draft import MOST_NODES
 from longstride.engine.identity import pack_ids
 from longstride.engine.pieces import SessionPieces
 from longstride.engine.sequence import Sequence
 from longstride.errors import BadInput, ContextFull, StorageError
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
-from longstride.scheduler.core import Core
-from longstride.scheduler.passages import StreamSplitter
-from longstride.scheduler.retriever import StreamIndex
+from longstride.scheduler.core import Also, Change, Core
+from longstride.scheduler.memory import StreamMemory
 from longstride.scheduler.settings import SessionSettings, changed, changed_for_answer
 from longstride.scheduler.snapshot import Snapshot, to_bytes
 from longstride.scheduler.turn import Turn
@@ -46,6 +46,10 @@ async def finished(work: Coroutine[Any, Any, T]) -> T:
         if not task.cancelled() and task.exception() is not None:
             log.warning("a cancelled session could not be saved: %s", task.exception())
         raise
+
+
+def _told(also: Also[int], read: int, tables: Tables) -> None:
+    also(tables, read)
 
 
 def _report(stored: "Future[int]") -> None:
@@ -98,10 +102,8 @@ class Session:
         self.snapshot = Snapshot(core.model, core.blocks, core.device, self.sequence, core.block_tokens)
         self.stream = array("I")
         self.window_start = 0
-        self.splitter = StreamSplitter(tokenizer, settings.passage_tokens)
-        self.index = StreamIndex(self.name, lambda a, b: tokenizer.decode(self.stream[a:b]))
-        self._drafter = Drafter()
-        self._characters = 0
+        drafts = settings.drafting != "off"
+        self.memory = StreamMemory(self.name, self.stream, tokenizer, settings.passage_tokens, drafts=drafts)
         self._lock = asyncio.Lock()
         self._failure: str | None = None
 
@@ -110,7 +112,7 @@ class Session:
     async def restore(self, stored: StoredSession, stream: "array[int]", passages: list[StreamPassage]) -> None:
         """Take over what was stored: token ids, passages, and the KV blocks that are sound."""
         started = time.perf_counter()
-        self.stream = stream
+        self.stream.extend(stream)
         self.window_start = stored.window_start
         context = self.sequence.context
         visible = stream[self.window_start :].tolist()
@@ -125,11 +127,8 @@ class Session:
             visible = stream[self.window_start :].tolist()
         context.append(visible)
         restored, problems = await self.snapshot.restore(self.id)
-        if passages:
-            self.splitter.start = passages[-1].stop
-            self._characters = passages[-1].last_char
-        await asyncio.to_thread(self._learn, passages)
-        await asyncio.to_thread(self._recall)
+        answers = await asyncio.to_thread(self.core.sessions.last_texts, self.id, RECALLED)
+        await asyncio.to_thread(self.memory.restore, passages, answers)
         seconds = time.perf_counter() - started
         self.resumed = ResumeReport(context.rows, restored, seconds, tuple(problems))
 
@@ -152,21 +151,32 @@ class Session:
         return context.limit - context.reserved - context.prompt - self._recent()
 
     async def feed(
-        self, text: str, *, notes_every: int | None = None, progress: Callable[[int], None] | None = None
+        self,
+        text: str,
+        *,
+        notes_every: int | None = None,
+        progress: Callable[[int], None] | None = None,
+        also: Also[int] | None = None,
     ) -> ReadReport:
         """Read on. With `notes_every`, write a running note after every so many tokens.
 
-        `progress` hears of each chunk's tokens. Raises `ContextFull` when `text` does not fit and the window policy
+        `progress` hears of each chunk's tokens; `also` joins the transaction that saves each chunk and is told how many
+        of these tokens have been read by then. Raises `ContextFull` when `text` does not fit and the window policy
         is `refuse` (nothing is read then), `Busy` when sessions at work hold the memory or the device, and
         `StorageError` when it cannot be saved (what was saved before stands).
         """
         if notes_every is not None and notes_every < 1:
             raise BadInput(f"notes every {notes_every} tokens: it must be 1 or more")
         ids = await asyncio.to_thread(self.core.model.tokenizer.encode, text)
-        return await self.feed_ids(ids, notes_every=notes_every, progress=progress)
+        return await self.feed_ids(ids, notes_every=notes_every, progress=progress, also=also)
 
     async def feed_ids(
-        self, ids: list[int], *, notes_every: int | None = None, progress: Callable[[int], None] | None = None
+        self,
+        ids: list[int],
+        *,
+        notes_every: int | None = None,
+        progress: Callable[[int], None] | None = None,
+        also: Also[int] | None = None,
     ) -> ReadReport:
         """`feed` for token ids. Raises `BadInput` too for an id that the model does not have."""
         started = time.perf_counter()
@@ -190,15 +200,16 @@ class Session:
                 )
             at = 0
             while at < len(ids):
-                # a chunk fits behind a window that has just slid
-                size = min(self.core.device.budget_tokens, self.most_room - self.headroom)
+                # the window slides when the next token does not fit, however the text was cut: what a session sees
+                # depends on its stream alone
+                report.slides += self._make_room(1 + self.headroom)
+                size = min(self.core.device.budget_tokens, self.sequence.context.room - self.headroom)
                 if notes_every is not None:
                     size = min(size, notes_every - self.tokens % notes_every)
                 chunk = ids[at : at + size]
                 at += len(chunk)
-                report.slides += self._make_room(len(chunk) + self.headroom)
                 await self._read(chunk)
-                report.blocks += await finished(self._save(chunk))
+                report.blocks += await finished(self._save(chunk, None if also is None else partial(_told, also, at)))
                 if progress is not None:
                     progress(len(chunk))
                 if notes_every is not None and self.tokens % notes_every == 0:
@@ -234,17 +245,17 @@ class Session:
             self.sequence.cache.truncate(self.sequence.context.rows)
             raise
 
-    async def _save(self, chunk: list[int]) -> int:
+    async def _save(self, chunk: list[int], also: Change | None) -> int:
         """`_commit`. If it fails, memory is ahead of the database and the session must be opened again."""
         try:
-            return await self._commit(chunk)
+            return await self._commit(chunk, also)
         except BaseException as error:
-            self._failure = str(error) or type(error).__name__
+            self._failure = f"saving failed: {str(error) or type(error).__name__}"
             raise
 
-    async def _commit(self, chunk: list[int]) -> int:
-        """Store a chunk's ids, passages and full blocks in one transaction; returns the blocks stored."""
-        passages = self._new_passages()
+    async def _commit(self, chunk: list[int], also: Change | None) -> int:
+        """Store a chunk's ids, passages and full blocks in one transaction, and `also`; returns the blocks stored."""
+        passages = self.memory.new_passages()
         blocks = await self.snapshot.new_blocks()
         start, packed, window = self.tokens - len(chunk), array("I", chunk).tobytes(), self.window_start
         core = self.core
@@ -254,44 +265,19 @@ class Session:
         def change(tables: Tables) -> int:
             core.sessions.append(tables, self.id, start, packed, passages, window)
             core.blocks.release(tables, stale, self.id)
+            if also is not None:
+                also(tables)
             return core.blocks.put(tables, blocks, self.id)
 
         stored = await core.sessions.database.awrite(change)
-        await asyncio.to_thread(self._learn, passages)
+        await asyncio.to_thread(self.memory.learn, passages)
         return stored
 
-    def _learn(self, passages: list[StreamPassage]) -> None:
-        """Take the stream's new passages into the index and its new tokens into the drafts."""
-        if passages:
-            self.index.add([(p.start, p.stop, p.first_char, p.last_char) for p in passages])
-        if self.settings.drafting != "off":
-            self._drafter.read.extend(self.stream[self._drafter.read.size :])
-
-    def _recall(self) -> None:
-        """Take what was answered before into the drafts."""
-        for text in self.core.sessions.last_texts(self.id, RECALLED):
-            self._drafter.begin(self.core.model.tokenizer.encode(text))
-
-    def drafter(self, drafting: str) -> Drafter | None:
-        """What an answer's drafts come from: this session's own texts; None where drafting is off."""
-        if drafting == "off":
-            return None
-        self._drafter.branches = drafting == "tree"
-        self._drafter.read.extend(self.stream[self._drafter.read.size :])  # nothing, unless the session drafts rarely
-        return self._drafter
-
-    def _new_passages(self) -> list[StreamPassage]:
-        """Passages that the stream has completed, with their places in its text."""
-        out = []
-        for a, b in self.splitter.take(self.stream):
-            size = len(self.core.model.tokenizer.decode(self.stream[a:b]))
-            out.append(StreamPassage(a, b, self._characters, self._characters + size))
-            self._characters += size
-        return out
-
-    def retire(self, why: str) -> None:
-        """Let this object refuse all further use (the session was removed)."""
+    def close(self, why: str) -> None:
+        """Let go of the KV, now or after the operation under way; this object refuses all further use."""
         self._failure = why
+        if not self._lock.locked():
+            self.snapshot.suspend()
 
     @property
     def healthy(self) -> bool:
@@ -316,25 +302,27 @@ class Session:
 
     def _usable(self) -> None:
         if self._failure is not None:
-            raise StorageError(f"session {self.name!r} must be opened again, because saving failed: {self._failure}")
+            raise StorageError(f"session {self.name!r} must be opened again: {self._failure}")
 
     # --- answering ---
 
-    async def ask(self, question: str, *, remember: bool = False, **changes: object) -> AsyncGenerator[Piece, None]:
+    async def ask(
+        self, question: str, *, remember: bool = False, also: Also[Answer] | None = None, **changes: object
+    ) -> AsyncGenerator[Piece, None]:
         """Answer from the stream and the documents; pieces stream, the last carries the `Answer`.
 
         Closing the iterator stops the device within one step and leaves the session as it was. `remember`: keep
-        question and answer in the stream. `changes`: settings for this answer only (stride, policy, max_tokens,
-        temperature, ...). Raises `BadInput`, `ContextFull` and `Busy`.
+        question and answer in the stream. `also` joins the transaction that stores the answer. `changes`: settings for
+        this answer only (stride, policy, max_tokens, temperature, ...). Raises `BadInput`, `ContextFull` and `Busy`.
         """
         if not question.strip():
             raise BadInput("the question is empty")
         settings = changed_for_answer(self.settings, changes)
         head = self.core.model.tokenizer.encode(f"\n\n{question.strip()}")
         last: Piece | None = None
-        async with self._work(len(head) + settings.max_tokens):
+        async with self._work(len(head) + min(settings.max_tokens, self.sequence.context.limit)):
             turn = Turn(self, settings, question, [*head, *self.frame.answer])
-            async with aclosing(turn.run("ask", remember=remember)) as pieces:
+            async with aclosing(turn.run("ask", remember=remember, also=also)) as pieces:
                 async for piece in pieces:
                     if piece.answer is None:
                         yield piece
@@ -343,19 +331,21 @@ class Session:
         if last is not None:
             yield last
 
-    async def answer(self, question: str, *, remember: bool = False, **changes: object) -> Answer:
+    async def answer(
+        self, question: str, *, remember: bool = False, also: Also[Answer] | None = None, **changes: object
+    ) -> Answer:
         """`ask`, waiting for the whole answer."""
         answer: Answer | None = None
-        async for piece in self.ask(question, remember=remember, **changes):
+        async for piece in self.ask(question, remember=remember, also=also, **changes):
             answer = piece.answer
         if answer is None:
             raise RuntimeError("an answer ended without its last piece")
         return answer
 
-    async def note(self) -> Answer:
-        """A running note on what was read last; stored like an answer."""
+    async def note(self, *, also: Also[Answer] | None = None) -> Answer:
+        """A running note on what was read last; stored like an answer, together with `also`."""
         async with self._work(self.settings.max_tokens):
-            return await self._note()
+            return await self._note(also)
 
     @property
     def question_room(self) -> int:
@@ -368,14 +358,14 @@ class Session:
             len(self.core.model.tokenizer.encode(f"\n\n{NOTE}")) + len(self.frame.answer) + len(self.frame.resume) + 8
         )
 
-    async def _note(self) -> Answer:
+    async def _note(self, also: Also[Answer] | None = None) -> Answer:
         """A running note on what was just read; the query is the stream's own end."""
         head = self.core.model.tokenizer.encode(f"\n\n{NOTE}")
         settings = changed(self.settings, {"max_tokens": min(self.settings.max_tokens, 96)})
         recent = self.stream[-settings.query_tokens :].tolist()
         turn = Turn(self, settings, NOTE, [*head, *self.frame.answer], query=recent)
         answer: Answer | None = None
-        async for piece in turn.run("note", remember=False):
+        async for piece in turn.run("note", remember=False, also=also):
             answer = piece.answer
         if answer is None:
             raise RuntimeError("a note ended without its last piece")
@@ -389,10 +379,14 @@ class Session:
         stored = core.sessions.database.submit(lambda tables: core.blocks.put(tables, [block], self.id))
         stored.add_done_callback(_report)
 
-    async def remember(self, ids: list[int]) -> None:
-        """Make a finished turn's ids (already in the context) part of the stream."""
+    async def remember(self, ids: list[int], also: Change) -> None:
+        """Make a finished turn's ids (already in the context) part of the stream; `also` is stored with them."""
         self.stream.extend(ids)
-        await finished(self._save(ids))
+        await finished(self._save(ids, also))
+
+    def save_window(self, tables: Tables) -> None:
+        """Store where the context begins, which a turn may have moved; inside the caller's transaction."""
+        self.core.sessions.append(tables, self.id, self.tokens, b"", [], self.window_start)
 
     def make_room(self, needed: int) -> None:
         """Room for a turn of `needed` tokens, sliding the window where the policy allows it."""

@@ -1,11 +1,14 @@
 """Settings: flags over `LONGSTRIDE_*` over `longstride.toml` over the defaults here."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -13,11 +16,33 @@ from pydantic_settings import (
 
 from longstride.engine.context import Placement
 from longstride.errors import BadInput
+from longstride.storage.documents import DEFAULT, is_collection
 
 if TYPE_CHECKING:
     from longstride.engine.sampling import Sampling
 
+TABLES = ("worker",)  # of longstride.toml
 SYSTEM = "You answer questions about the text you are given. Be brief and keep to the text."
+
+
+def _list(value: Any) -> Any:
+    """The environment knows strings only; a list is JSON there."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise PydanticCustomError("json", 'write a list as JSON, for example ["default"]') from error
+
+
+def _collection(name: str) -> str:
+    if not is_collection(name):
+        raise PydanticCustomError("collection", "a collection needs a name of 1 to 100 printable characters")
+    return name
+
+
+# NoDecode: pydantic-settings would parse the JSON itself, and its error does not say what is wrong
+Collections = Annotated[list[Annotated[str, AfterValidator(_collection)]], NoDecode, BeforeValidator(_list)]
 
 
 class SessionSettings(BaseModel):
@@ -33,6 +58,7 @@ class SessionSettings(BaseModel):
     query_tokens: int = Field(32, ge=1, description="last tokens of text that form the query")
     passage_tokens: int = Field(128, ge=1, description="tokens of a passage at most")
     passages: int = Field(3, ge=1, le=64, description="passages in a segment at most")
+    collections: Collections = Field([DEFAULT], description="collections of documents that retrieval draws on")
     refresh: int = Field(16, ge=1, description="text tokens fed again after a segment (beside)")
     window: Literal["refuse", "sinks"] = Field("refuse", description="what happens when the context is full")
     context_tokens: int | None = Field(None, ge=64, description="context length; the model's own when not set")
@@ -53,6 +79,20 @@ class SessionSettings(BaseModel):
         from longstride.engine.sampling import Sampling  # brings torch, which settings alone do not need
 
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+
+
+class TomlPart(TomlConfigSettingsSource):
+    """What `longstride.toml` says: all that stands outside of `TABLES`, or one of them, for the room of that name."""
+
+    def __init__(self, settings_cls: type[BaseSettings], table: str | None = None) -> None:
+        self.table = table
+        super().__init__(settings_cls)
+
+    def _read_files(self, *args: Any, **named: Any) -> dict[str, Any]:
+        data = super()._read_files(*args, **named)
+        if self.table is not None:
+            return dict(data.get(self.table, {}))
+        return {name: value for name, value in data.items() if name not in TABLES}
 
 
 class Settings(SessionSettings, BaseSettings):
@@ -88,17 +128,25 @@ class Settings(SessionSettings, BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base class's signature
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, TomlPart(settings_cls)
 
     def for_sessions(self) -> SessionSettings:
         """The part that a new session takes over."""
         return SessionSettings(**{name: getattr(self, name) for name in SessionSettings.model_fields})
 
 
+S = TypeVar("S", bound=BaseSettings)
+
+
 def load_settings(**given: Any) -> Settings:
     """Settings with `given` on top. Raises `BadInput` naming each setting that is wrong, in one sentence."""
+    return load(Settings, **given)
+
+
+def load(settings_cls: type[S], **given: Any) -> S:
+    """The same for any class of settings."""
     try:
-        return Settings(**given)
+        return settings_cls(**given)
     except ValidationError as error:
         raise BadInput(_sentence(error)) from error
     except (OSError, ValueError) as error:
@@ -115,7 +163,10 @@ def changed(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettin
 
 def changed_for_answer(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettings:
     """`changed`, refusing what would change the session itself."""
-    fixed = {"placement", "passage_tokens", "passages", "refresh", "window", "context_tokens", "system"} & set(changes)
+    own = {
+        "placement", "passage_tokens", "passages", "collections", "refresh", "window", "context_tokens", "system",
+    }  # fmt: skip
+    fixed = own & set(changes)
     if fixed:
         raise BadInput(f"{', '.join(sorted(fixed))} belongs to the session and cannot change for one answer")
     return changed(settings, changes)

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from sqlite_utils import Database as Tables
+
 from longstride.engine.context import Placement
 from longstride.engine.identity import pack_ids
 from longstride.engine.sampling import Choice, Sampler
@@ -13,6 +15,7 @@ from longstride.engine.tokenizer import StreamDecoder
 from longstride.engine.verify import Decoding
 from longstride.errors import ContextFull
 from longstride.scheduler.answer import Answer, Piece, Source
+from longstride.scheduler.core import Also
 from longstride.scheduler.retriever import Passage
 from longstride.scheduler.settings import SessionSettings
 from longstride.scheduler.snapshot import from_bytes
@@ -47,7 +50,7 @@ class Turn:
         self.policy = policy(settings.policy, settings.stride)
         banned = (tokenizer.special - tokenizer.eos) if tokenizer.eos else tokenizer.special
         sampler = Sampler(settings.sampling(), sorted(banned))
-        self.decoding = Decoding(self.sequence, sampler, tokenizer.eos, ids, session.drafter(settings.drafting))
+        self.decoding = Decoding(self.sequence, sampler, tokenizer.eos, ids, session.memory.drafter(settings.drafting))
         stops = [text for mark in session.marks if (text := tokenizer.decode(mark).strip())]
         self.decoder = StreamDecoder(tokenizer, stops)
         self.answer = Answer(question)
@@ -64,8 +67,11 @@ class Turn:
 
     # --- the turn ---
 
-    async def run(self, kind: str, *, remember: bool) -> AsyncGenerator[Piece, None]:
-        """Pieces of the answer; the last carries it whole. The session is back at its boundary afterwards."""
+    async def run(self, kind: str, *, remember: bool, also: Also[Answer] | None = None) -> AsyncGenerator[Piece, None]:
+        """Pieces of the answer; the last carries it whole. The session is back at its boundary afterwards.
+
+        The answer, what joins the stream and `also` are stored in one transaction.
+        """
         context = self.sequence.context
         self._limit = self._room()
         context.begin_turn()
@@ -81,9 +87,7 @@ class Turn:
                 added = self._keep()
         finally:
             self.sequence.end_turn(keep=bool(added))
-        if added:
-            await self.session.remember(added)
-        await self._store(kind)
+        await self._store(kind, added, also)
         yield Piece(self._rest, self.answer)
 
     async def _generate(self) -> AsyncGenerator[Piece, None]:
@@ -186,8 +190,9 @@ class Turn:
         found = await self.core.retriever.search(
             self.core.model.tokenizer.decode(query),
             session.settings.passages,
-            session.index,
+            session.memory.index,
             session.window_start,
+            session.settings.collections,
         )
         first = usage.retrievals == 0
         usage.retrievals += 1
@@ -261,8 +266,19 @@ class Turn:
         self.sequence.context.append(resume)
         return [*self.ids, *self.decoding.tokens, *resume]
 
-    async def _store(self, kind: str) -> None:
-        """Commit the answer with its sources."""
-        sessions, data = self.core.sessions, self.answer.to_dict()
-        session_id, tokens = self.session.id, self.session.tokens
-        await sessions.database.awrite(lambda tables: sessions.add_answer(tables, session_id, kind, tokens, data))
+    async def _store(self, kind: str, added: list[int], also: Also[Answer] | None) -> None:
+        """Commit the answer with its sources, and with it the ids `added` to the stream."""
+        session, sessions, data = self.session, self.core.sessions, self.answer.to_dict()
+        tokens = session.tokens + len(added)
+
+        def change(tables: Tables) -> None:
+            if not added:
+                session.save_window(tables)
+            sessions.add_answer(tables, session.id, kind, tokens, data)
+            if also is not None:
+                also(tables, self.answer)
+
+        if added:
+            await session.remember(added, change)
+        else:
+            await sessions.database.awrite(change)

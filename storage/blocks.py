@@ -92,10 +92,12 @@ class Blocks:
     def get(self, id_: bytes, fingerprint: str, ids: bytes, positions: bytes, size: int) -> tuple[bytes | None, str]:
         """(rows, "") of a sound block, else (None, what is wrong with it: "missing" or a reason to report)."""
         row = self.database.read(
+            # cast: in a damaged row a value may be of any type
             lambda tables: tables.conn.execute(
-                "select cast(fingerprint as blob), ids, positions, data, checksum from blocks where id = ?", [id_]
+                "select cast(fingerprint as blob), ids, positions, coalesce(cast(data as blob), x''), checksum "
+                "from blocks where id = ?", [id_],
             ).fetchone()
-        )
+        )  # fmt: skip
         if row is None:
             return None, "missing"
         problems = (
@@ -156,9 +158,11 @@ class Blocks:
 
         def query(tables: Tables) -> list[str]:
             wrong = []
-            for id_, data, checksum, size in tables.conn.execute("select id, data, checksum, bytes from blocks"):
+            rows = "select hex(id), coalesce(cast(data as blob), x''), checksum, bytes from blocks"
+            for id_, data, checksum, size in tables.conn.execute(rows):
                 if len(data) != size or hashlib.sha256(data).digest() != checksum:
-                    wrong.append(f"block {id_.hex()[:12]} fails its checksum; it will be computed again when needed")
+                    name = id_.lower()[:12]
+                    wrong.append(f"block {name} fails its checksum; it will be computed again when needed")
             return wrong
 
         return self.database.read(query)

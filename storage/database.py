@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,10 +45,13 @@ class Database:
 
     def _migrate(self, tables: Tables) -> None:
         known = {migration.name for migration in migrations.pending(Tables(memory=True))}
-        newer = {applied.name for applied in migrations.applied(tables)} - known
+        try:
+            newer = {applied.name for applied in migrations.applied(tables)} - known
+        except KeyError as error:  # sqlite-utils misses a column of its own table
+            raise sqlite3.DatabaseError(f"malformed: no column {error}") from error
         if newer:
             raise StorageError(
-                f"the database {self.path} was written by a newer Longstride ({', '.join(sorted(newer))}); "
+                f"the database {self.path} was written by a newer Longstride ({', '.join(sorted(map(str, newer)))}); "
                 "upgrade Longstride or name another file with --db"
             )
         migrations.apply(tables)
@@ -60,6 +64,8 @@ class Database:
             # each thread has its own connection; check_same_thread is off only so that close() can close them all
             connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             self._connections.append(connection)
+            # damaged text is text that fails its checksum, and is not refused by Python before that can be said
+            connection.text_factory = partial(str, encoding="utf-8", errors="replace")
             # blocks are megabytes, and a large value is a chain of pages; decides only how a new file is laid out
             connection.execute("PRAGMA page_size=16384")
             connection.execute("PRAGMA journal_mode=WAL")
@@ -110,9 +116,17 @@ class Database:
         return _Words(self.path)
 
     def check(self) -> list[str]:
-        """SQLite's own integrity check: what is wrong, empty when sound."""
-        rows = self.read(lambda tables: tables.conn.execute("PRAGMA integrity_check").fetchall())
-        return [row[0] for row in rows if row[0] != "ok"]
+        """SQLite's own checks: what is wrong, a sentence each, empty when sound."""
+
+        def query(tables: Tables) -> list[str]:
+            broken = [row[0] for row in tables.conn.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            lost = {(row[0], row[2]) for row in tables.conn.execute("PRAGMA foreign_key_check")}
+            return [
+                *(f"SQLite finds damage ({' '.join(text.split())}); restore a backup" for text in broken),
+                *(f"rows of {child} belong to nothing in {parent}; restore a backup" for child, parent in sorted(lost)),
+            ]
+
+        return self.read(query)
 
     def close(self) -> None:
         """Finish queued writes and close all connections."""
@@ -125,7 +139,7 @@ class Database:
 
 
 class _Words:
-    """Turns SQLite's errors into `StorageError` sentences."""
+    """Turns SQLite's errors into `StorageError` sentences; that something is there already is the caller's affair."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -134,16 +148,22 @@ class _Words:
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+        if isinstance(error, UnicodeDecodeError):
+            # from Python's sqlite3, when what SQLite says quotes a damaged schema
+            error = sqlite3.DatabaseError("malformed")
+        foreign = isinstance(error, sqlite3.IntegrityError) and "FOREIGN KEY" in str(error)
+        if foreign or (isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)):
             text = str(error)
-            if "full" in text:
+            if foreign:
+                hint = "what this belongs to was removed meanwhile, or is damaged (`longstride sessions verify` tells)"
+            elif "full" in text:
                 hint = "the disk is full; free some space and try again (what was saved before is unharmed)"
             elif "locked" in text or "busy" in text:
                 hint = f"another process has been writing for more than {BUSY_S:.0f} s; try again"
-            elif "not a database" in text or "malformed" in text:
+            elif any(words in text for words in ("not a database", "malformed", "unsupported file format")):
                 hint = "this is not a sound SQLite file; restore a backup or name another file with --db"
             elif "readonly" in text:
                 hint = "the file is read-only; change its permissions or name another file with --db"
             else:
-                hint = text
+                hint = f"{text}; if it was in order before, it is damaged: restore a backup or name another with --db"
             raise StorageError(f"the database {self.path} could not be used: {hint}") from error

@@ -45,7 +45,10 @@ class Indexes:
         """The documents' index, or None when there is none of this format that is sound and fits what is stored."""
 
         def query(tables: Tables) -> StoredIndex | None:
-            query = "select format, count, last, data, checksum from indexes where format = ?"
+            # cast: in a damaged row a value may be of any type
+            query = (
+                "select format, count, last, coalesce(cast(data as blob), x''), checksum from indexes where format = ?"
+            )
             row = tables.conn.execute(query, [kind]).fetchone()
             if row is None or hashlib.sha256(row[3]).digest() != row[4]:
                 return None

@@ -3,6 +3,8 @@
 from sqlite_utils import Database as Tables
 from sqlite_utils import Migrations
 
+from longstride.storage.checksum import checksum
+
 migrations = Migrations("longstride")
 
 
@@ -131,3 +133,110 @@ def indexes(tables: Tables) -> None:
             data blob not null
         ) strict"""
     )
+
+
+@migrations(name="0005_collections")
+def collections(tables: Tables) -> None:
+    """Documents belong to collections. What a document is called and where it came from is said per collection, so that
+    a collection shows nothing of another one that holds the same text."""
+    tables.conn.execute(
+        # ids are never used twice, so that (count, largest id) changes with every addition and removal
+        """create table collections (
+            id integer primary key autoincrement,
+            collection text not null,
+            document_id text not null references documents(id) on delete cascade,
+            name text not null,
+            path text,
+            added_at text not null,
+            unique (document_id, collection)
+        ) strict"""
+    )
+    tables.conn.execute(
+        "insert into collections (collection, document_id, name, path, added_at) "
+        "select 'default', id, name, path, added_at from documents order by rowid"
+    )
+    tables.conn.execute("alter table documents drop column name")
+    tables.conn.execute("alter table documents drop column path")
+    tables.conn.execute("alter table documents drop column added_at")
+
+
+@migrations(name="0006_jobs")
+def jobs(tables: Tables) -> None:
+    """Messages: an inbox that is worked off, and an outbox that is published, so that no crash loses or doubles one."""
+    tables.conn.execute(
+        # seq is the order of arrival; it is never used twice
+        """create table jobs (
+            seq integer primary key autoincrement,
+            key text not null unique,         -- the same for all repetitions of a message
+            session text not null,            -- a name: the session may not exist yet
+            kind text not null,               -- feed, ask, close
+            topic text not null,
+            payload blob not null,            -- as received; emptied when done
+            digest blob not null,             -- sha256 of all that was received
+            reply_topic text,
+            correlation blob,
+            state text not null,              -- queued, working, done, dead
+            attempts integer not null default 0,
+            read integer not null default 0,  -- tokens of its text that are in the stream
+            reason text not null default '',  -- why it is dead
+            received_at text not null,
+            ended_at text
+        ) strict"""
+    )
+    tables.conn.execute("create index jobs_line on jobs(state, session, seq)")
+    tables.conn.execute("create index jobs_session on jobs(session)")
+    tables.conn.execute(
+        """create table outbox (
+            id integer primary key autoincrement,
+            seq integer not null references jobs(seq) on delete cascade,
+            topic text not null,
+            payload blob not null,            -- emptied when published
+            correlation blob,
+            published_at text
+        ) strict"""
+    )
+    tables.conn.execute("create index outbox_waiting on outbox(id) where published_at is null")
+    tables.conn.execute("create index outbox_job on outbox(seq)")
+
+
+@migrations(name="0007_checksums")
+def checksums(tables: Tables) -> None:
+    """Checksums of what cannot be computed again: what is damaged is refused, never answered from."""
+    for table in ("sessions", "runs", "answers", "collections"):
+        tables.conn.execute(f"alter table {table} add column checksum blob not null default x''")
+    # stream passages that a run completed: its checksum covers them
+    tables.conn.execute("alter table runs add column passages integer not null default 0")
+    sealed = "id, name, model, vocabulary, settings, prompt, window_start, tokens"
+    for row in tables.conn.execute(f"select {sealed} from sessions").fetchall():  # noqa: S608
+        tables.conn.execute("update sessions set checksum = ? where id = ?", [checksum("session", *row), row[0]])
+    sealed = "session_id, kind, question, text, tokens, usage, timing, sources, created_at"
+    for row in tables.conn.execute(f"select id, {sealed} from answers").fetchall():  # noqa: S608
+        tables.conn.execute("update answers set checksum = ? where id = ?", [checksum("answer", *row[1:]), row[0]])
+    _seal_runs(tables)
+    _seal_documents(tables)
+
+
+def _seal_runs(tables: Tables) -> None:
+    """Which run completed which passages is not known any more: the last one answers for them all."""
+    last: dict[int, int] = dict(tables.conn.execute("select session_id, max(start) from runs group by session_id"))
+    spans = "select start, stop, first_char, last_char from stream_passages where session_id = ? order by start"
+    for session_id, start in tables.conn.execute("select session_id, start from runs").fetchall():
+        key = [session_id, start]
+        (ids,) = tables.conn.execute("select ids from runs where session_id = ? and start = ?", key).fetchone()
+        own = tables.conn.execute(spans, [session_id]).fetchall() if start == last[session_id] else []
+        tables.conn.execute(
+            "update runs set passages = ?, checksum = ? where session_id = ? and start = ?",
+            [len(own), checksum("run", session_id, start, ids, own), *key],
+        )
+
+
+def _seal_documents(tables: Tables) -> None:
+    """A document's id covers its text; what it is called in a collection, and its passages, are covered there."""
+    query = (
+        "select c.id, collection, document_id, name, path, added_at, characters "
+        "from collections c join documents d on d.id = document_id"
+    )
+    spans = "select id, start, stop from passages where document_id = ? order by id"
+    for row in tables.conn.execute(query).fetchall():
+        seal = checksum("document", *row, tables.conn.execute(spans, [row[2]]).fetchall())
+        tables.conn.execute("update collections set checksum = ? where id = ?", [seal, row[0]])

@@ -13,6 +13,8 @@ import pytest
 import typer
 
 from longstride.cli import main as command_line
+from longstride.storage.database import Database
+from longstride.storage.sessions import Sessions
 from tests.storage.test_database import make_newer
 
 # importing torch takes seconds, so each command runs in a process forked from one that has imported it already
@@ -182,18 +184,19 @@ def test_doctor_reports_in_json_and_by_its_exit_code(folder):
 
 
 def test_verify_fails_on_a_damaged_session(folder):
-    longstride(folder, "sessions", "list")
-    connection = sqlite3.connect(folder / "longstride.db")
-    connection.execute("insert into sessions values (1, 's', 'm', 'v', '{}', x'', 0, 2, 'then', 'then')")
-    connection.execute("insert into runs values (1, 0, x'0100000002000000')")
-    connection.commit()
+    database = Database(folder / "longstride.db")
+    sessions = Sessions(database)
+    id_ = database.write(lambda tables: sessions.create(tables, "s", "m", "v", {}, b""))
+    database.write(lambda tables: sessions.append(tables, id_, 0, b"\1\0\0\0", [], 0))
+    database.close()
     assert longstride(folder, "sessions", "verify").code == 0
+    connection = sqlite3.connect(folder / "longstride.db")
     connection.execute("delete from runs")
     connection.commit()
     connection.close()
     outcome = longstride(folder, "sessions", "verify")
     assert outcome.code == 1
-    assert outcome.err.startswith("session s: ")
+    assert outcome.err.startswith("session 's' is damaged: its stream has a gap at token 0")
     assert len(outcome.err.splitlines()) == 1
 
 

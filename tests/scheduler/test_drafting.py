@@ -83,7 +83,7 @@ async def test_sessions_in_one_forward_draft_apart(tmp_path):
         finally:
             assistant.device.runner.forward = forward
         for name, session in sessions.items():
-            said = set(session._drafter.said.ids.tolist()) - {GAP}
+            said = set(session.memory.texts.said.ids.tolist()) - {GAP}
             assert drafted[name]
             assert drafted[name] <= {*session.stream, *said}
             # what a random model says may be any byte, so only those that it did not say itself tell
@@ -100,9 +100,9 @@ async def test_a_resumed_session_drafts_from_what_it_read_and_answered(tmp_path)
         tokens = session.tokens
     async with opened(tmp_path) as assistant:
         session = await assistant.session("s")
-        assert session._drafter.read.size == tokens
-        assert session._drafter.read.ids.tolist() == session.stream.tolist()
-        said = bytes(i for i in session._drafter.said.ids.tolist() if 0 <= i < 256).decode(errors="replace")
+        assert session.memory.texts.read.size == tokens
+        assert session.memory.texts.read.ids.tolist() == session.stream.tolist()
+        said = bytes(i for i in session.memory.texts.said.ids.tolist() if 0 <= i < 256).decode(errors="replace")
         assert first.text in said
         again = await session.answer(QUESTIONS[0], max_tokens=40)
         assert again.text == first.text
@@ -145,9 +145,9 @@ async def test_a_session_that_does_not_draft_keeps_no_history_until_it_does(tmp_
     async with opened(tmp_path, drafting="off") as assistant:
         session = await assistant.session("s")
         await session.feed(TEXT)
-        assert session._drafter.read.size == 0
+        assert session.memory.texts.read.size == 0
         await session.answer(QUESTIONS[0], drafting="tree")
-        assert session._drafter.read.size == session.tokens
+        assert session.memory.texts.read.size == session.tokens
 
 
 async def test_an_unknown_way_of_drafting_is_refused(tmp_path):

@@ -380,7 +380,7 @@ async def test_spans_are_right_in_text_of_many_bytes_a_character(tmp_path):
     async with opened(tmp_path) as assistant:
         session = await assistant.session("s")
         await session.feed(text)
-        spans = session.index.spans
+        spans = session.memory.index.spans
         assert len(spans) > 20
         for a, b, first, last in spans:
             assert bytes(session.stream[a:b].tolist()).decode() == text[first:last]

@@ -1,4 +1,5 @@
-"""Documents: their text stored once, passages as slices of it, failures, and a revision that tells of every change."""
+"""Documents: their text stored once whatever collections hold it, passages as slices of it, failures, and a revision
+that tells of every change."""
 
 import sqlite3
 
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from longstride.errors import BadInput
 from longstride.storage.database import Database
-from longstride.storage.documents import Documents
+from longstride.storage.documents import Documents, check_collection
 
 TEXT = "Call me Ishmael. Some years ago — never mind how long — I went to sea 🐋."
 
@@ -28,13 +29,13 @@ def shared(tmp_path_factory):
     database.close()
 
 
-def add(documents, name, text=TEXT, spans=((0, 16), (17, 40)), path=None):
-    return documents.database.write(lambda tables: documents.add(tables, name, path, text, list(spans)))
+def add(documents, name, text=TEXT, spans=((0, 16), (17, 40)), path=None, collection="default"):
+    return documents.database.write(lambda tables: documents.add(tables, name, path, text, list(spans), collection))
 
 
-def remove(documents, name):
-    found = documents.find(name)
-    documents.database.write(lambda tables: documents.remove(tables, found.id))
+def remove(documents, name, collection="default"):
+    found = documents.find(name, collection)
+    documents.database.write(lambda tables: documents.remove(tables, found.id, collection))
 
 
 def fail(documents, path, reason):
@@ -57,7 +58,75 @@ def test_the_same_text_is_stored_once(documents):
         add(documents, "two.txt")
     assert [d.name for d in documents.all()] == ["one.txt"]
     assert documents.count() == 2
-    assert documents.revision() == (1, 2)
+    assert documents.revision() == (1, 1)
+
+
+def test_a_text_in_another_collection_is_the_same_document_under_its_own_name(documents):
+    ids = add(documents, "one.txt", path="/a/one.txt")
+    assert add(documents, "two.txt", path="/b/two.txt", collection="b", spans=[(0, 3)]) == ids
+    assert documents.count() == 2
+    one, two = documents.all()
+    assert (one.collection, one.name, one.path) == ("default", "one.txt", "/a/one.txt")
+    assert (two.collection, two.name, two.path) == ("b", "two.txt", "/b/two.txt")
+    assert (one.id, one.characters, one.passages) == (two.id, two.characters, two.passages)
+    assert documents.all("b") == [two] == [documents.find("two.txt", "b")]
+    assert documents.all("c") == []
+    assert documents.exists(one.id, "b")
+    assert not documents.exists(one.id, "c")
+    with pytest.raises(BadInput, match=r"no document named 'two\.txt' in collection 'default'"):
+        documents.find("two.txt")
+
+
+def test_passages_are_given_to_those_who_may_have_them(documents):
+    ids = add(documents, "one.txt")
+    add(documents, "two.txt", collection="b")
+    other = add(documents, "other", "other text", [(0, 5)], collection="c")
+    for collections, names in (
+        (None, ["one.txt", "one.txt", "other"]),
+        (["default"], ["one.txt", "one.txt"]),
+        (["b"], ["two.txt", "two.txt"]),
+        (["c", "b"], ["two.txt", "two.txt", "other"]),
+        (["' or 1 --", '"b"', "B"], []),
+        ([], []),
+    ):
+        found = documents.some([*ids, *other], collections)
+        assert [found[i].document for i in sorted(found)] == names
+
+
+def test_a_document_goes_with_its_last_collection(documents):
+    add(documents, "one.txt")
+    add(documents, "two.txt", collection="b")
+    remove(documents, "one.txt")
+    assert [(d.collection, d.name, d.passages) for d in documents.all()] == [("b", "two.txt", 2)]
+    assert [p.document for p in documents.passages()] == ["two.txt", "two.txt"]
+    remove(documents, "two.txt", "b")
+    assert documents.all() == documents.passages() == []
+    stored = documents.database.read(lambda tables: tables.conn.execute("select count(*) from documents").fetchone())
+    assert stored == (0,)
+
+
+def test_what_changed_in_collections_since_is_told(documents):
+    one = add(documents, "one")
+    first = documents.members()
+    assert first.passages == [("default", i) for i in one]
+    assert first.revision == documents.revision()
+    assert documents.members(first.revision).passages == []
+    two = add(documents, "two", "another text", [(0, 7)], collection="b")
+    add(documents, "one too", collection="b")
+    later = documents.members(first.revision)
+    assert not later.whole
+    assert later.passages == [("b", i) for i in (*two, *one)]
+    remove(documents, "one")
+    after = documents.members(later.revision)
+    assert after.whole
+    assert after.passages == later.passages
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a\0", "x" * 101])
+def test_a_collection_needs_a_printable_name(name):
+    with pytest.raises(BadInput, match="a collection needs a name of 1 to 100 printable characters"):
+        check_collection(name)
+    check_collection("Bücher, 2. Band")
 
 
 def test_a_passage_is_the_slice_of_its_document(documents):
@@ -134,7 +203,14 @@ def test_the_revision_changes_with_every_change_of_the_passages(documents):
     seen.append(documents.revision())
     remove(documents, "one")
     seen.append(documents.revision())
-    assert len(set(seen)) == 4
+    add(documents, "two too", "another text", collection="b")
+    seen.append(documents.revision())
+    remove(documents, "two")
+    seen.append(documents.revision())
+    add(documents, "two", "another text")
+    remove(documents, "two too", "b")
+    seen.append(documents.revision())
+    assert len(set(seen)) == 7
     fail(documents, "/a.pdf", "the file is empty")
     assert documents.revision() == seen[-1]
 

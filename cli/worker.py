@@ -1,0 +1,163 @@
+"""`longstride worker`: message-queue processing, and what could not be done."""
+
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longstride.cli import common as c
+from longstride.errors import BadInput
+from longstride.scheduler.settings import load_settings
+from longstride.storage.database import Database
+from longstride.storage.jobs import Jobs
+
+app = typer.Typer(help="Work off messages from an MQTT broker.", invoke_without_command=True)
+dead = typer.Typer(help="Messages that could not be done.", no_args_is_help=True)
+app.add_typer(dead, name="dead")
+
+Number = Annotated[int | None, typer.Argument(help="The message's number, as `list` shows it.")]
+All = Annotated[bool, typer.Option("--all", help="All of them.")]
+
+
+def log_json(level: str) -> None:
+    """Log lines as JSON on standard error, each with the message it belongs to."""
+    from pythonjsonlogger.json import JsonFormatter
+
+    from longstride.service.worker import request_id
+
+    def named(record: logging.LogRecord) -> bool:
+        if not hasattr(record, "request"):
+            record.request = request_id.get()
+        return True
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(named)
+    fields = ["asctime", "levelname", "name", "message", "request"]
+    names = {"asctime": "at", "levelname": "level", "name": "logger"}
+    handler.setFormatter(JsonFormatter(fields, rename_fields=names))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+@app.callback()
+def run(
+    context: typer.Context,
+    broker: Annotated[
+        str | None,
+        typer.Option("--broker", help="mqtt://HOST:PORT, or mqtts:// for TLS.", show_default="mqtt://localhost:1883"),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The broker keeps messages under it.", show_default="worker")
+    ] = None,
+    topics: Annotated[
+        str | None, typer.Option("--topics", help="What all topics begin with.", show_default="longstride")
+    ] = None,
+    user: Annotated[str | None, typer.Option("--user", help="The broker's user.")] = None,
+    password_file: Annotated[
+        Path | None, typer.Option("--password-file", help="A file whose first line is the password.")
+    ] = None,
+    tls_ca: Annotated[Path | None, typer.Option("--tls-ca", help="Certificates to trust.")] = None,
+    sessions_at_once: Annotated[
+        int | None, typer.Option("--sessions-at-once", help="Sessions worked on side by side.", show_default="8")
+    ] = None,
+    notes_every: Annotated[int | None, typer.Option("--notes-every", help="A note every N tokens read.")] = None,
+    health_file: Annotated[
+        Path | None, typer.Option("--health-file", help="A file that is written every few seconds.")
+    ] = None,
+    metrics_port: Annotated[int | None, typer.Option("--metrics-port", help="Port of the Prometheus metrics.")] = None,
+    log_level: Annotated[
+        str, typer.Option("--log-level", help="debug, info, warning or error.", show_default="info")
+    ] = "info",
+    db: c.Db = None,
+    model: c.ModelName = None,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+    placement: c.Placement = None,
+    window: Annotated[
+        str | None, typer.Option("--window", help="When the context is full: sinks or refuse.", show_default="sinks")
+    ] = None,
+    context_tokens: c.ContextTokens = None,
+) -> None:
+    """Read and answer what arrives by MQTT, until SIGTERM or Ctrl-C. docs/operations.md has the topics."""
+    if context.invoked_subcommand is not None:
+        return
+    from longstride.service.settings import load_worker_settings
+    from longstride.service.worker import Worker
+
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise BadInput(f"--log-level must be debug, info, warning or error, not {log_level!r}")
+    settings = load_worker_settings(
+        **c.given(
+            broker=broker, name=name, topics=topics, user=user, password_file=password_file, tls_ca=tls_ca,
+            sessions_at_once=sessions_at_once, notes_every=notes_every, health_file=health_file,
+            metrics_port=metrics_port,
+        )
+    )  # fmt: skip
+    settings.secret()  # a password file that cannot be read is refused before the model is loaded
+    log_json(log_level)
+    session = c.given(placement=placement, context_tokens=context_tokens)
+
+    async def work() -> None:
+        import asyncio
+
+        # a queue does not end, so its sessions slide where nothing else was said
+        kept = {"window": window or "sinks"} if window or "window" not in load_settings().model_fields_set else {}
+        async with c.Opened(db=db, model=model, device=device, dtype=dtype, **session, **kept) as assistant:
+            worker = Worker(assistant, settings)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, worker.stop)
+            await worker.run()
+
+    c.run(work())
+
+
+def _jobs(db: Path | None) -> Jobs:
+    return Jobs(Database(load_settings(**c.given(db=db)).db))
+
+
+@dead.command("list")
+def list_(db: c.Db = None, json: c.Json = False) -> None:
+    """List them, oldest first, with the reason."""
+    jobs = _jobs(db)
+    found = jobs.dead()
+    jobs.database.close()
+    if json:
+        names = ("seq", "key", "session", "kind", "topic", "reason", "attempts", "received_at")
+        c.print_json([{name: getattr(job, name) for name in names} for job in found])
+        return
+    for job in found:
+        c.out.print(f"{job.seq}  {job.received_at}  {job.key}  {len(job.payload):,} bytes: {job.reason}", markup=False)
+    if not found:
+        c.out.print("none")
+
+
+def _chosen(number: int | None, all_: bool) -> int | None:
+    if (number is None) != all_:
+        raise BadInput("name one message by its number (see `longstride worker dead list`), or give --all")
+    return number
+
+
+@dead.command()
+def retry(number: Number = None, all_: All = False, db: c.Db = None) -> None:
+    """Put one, or all, back in line; a running worker takes them up."""
+    chosen, jobs = _chosen(number, all_), _jobs(db)
+    count = jobs.database.write(lambda tables: jobs.retry(tables, chosen))
+    jobs.database.close()
+    _say(count, chosen, "will be tried again")
+
+
+@dead.command()
+def drop(number: Number = None, all_: All = False, db: c.Db = None) -> None:
+    """Delete one, or all, with their text."""
+    chosen, jobs = _chosen(number, all_), _jobs(db)
+    count = jobs.database.write(lambda tables: jobs.drop(tables, chosen))
+    jobs.database.close()
+    _say(count, chosen, "dropped")
+
+
+def _say(count: int, chosen: int | None, what: str) -> None:
+    if not count and chosen is not None:
+        raise BadInput(f"no dead message has the number {chosen}; `longstride worker dead list` shows them")
+    c.out.print(f"{count} {what}")

@@ -1,0 +1,151 @@
+"""`Link`: one connection to the broker. What is received stays the broker's until it is acknowledged here."""
+
+import ssl
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import aiomqtt
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from longstride.errors import BadInput, LongstrideError
+from longstride.service.requests import Topics, encode
+from longstride.service.settings import WorkerSettings
+
+AT_LEAST_ONCE = 1
+RETAINED_IF_NEW = 1  # a retained request is sent with the first subscription, not with each that follows
+
+
+class LinkLost(LongstrideError):
+    """The broker cannot be reached, or the connection broke."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What was received. `number`: the broker's, to acknowledge it by."""
+
+    topic: str
+    payload: bytes
+    reply_topic: str | None
+    correlation: bytes | None
+    number: int
+    qos: int
+
+
+class Link:
+    """An async context manager: connected and subscribed within. Raises `LinkLost` wherever the connection breaks.
+
+    aiomqtt acknowledges a message as it enters its own queue, where a crash loses it; this class alone knows how it is
+    kept from that.
+    """
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.topics = Topics(settings.topics)
+        self._status = self.topics.status(settings.name)
+        host, port, tls = settings.address
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = settings.away_s
+        properties.ReceiveMaximum = 1  # the broker holds what was not acknowledged, so one is enough
+        self._client = aiomqtt.Client(
+            host,
+            port,
+            identifier=f"{settings.topics}-{settings.name}".replace("/", "-"),  # the broker keeps the session under it
+            protocol=aiomqtt.ProtocolVersion.V5,
+            clean_start=False,
+            properties=properties,
+            username=settings.user,
+            password=settings.secret(),
+            tls_context=_tls(settings) if tls else None,
+            keepalive=settings.keepalive_s,
+            will=aiomqtt.Will(self._status, encode({"state": "lost"}), AT_LEAST_ONCE, retain=True),
+        )
+        self._client._client.manual_ack_set(True)  # there is no public call for it
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._client.__aenter__()
+        except aiomqtt.MqttError as error:
+            raise LinkLost(str(error)) from error
+        try:
+            await self._subscribe()
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def _subscribe(self) -> None:
+        options = SubscribeOptions(qos=AT_LEAST_ONCE, retainHandling=RETAINED_IF_NEW)
+        try:
+            codes = await self._client.subscribe([(topic, options) for topic in self.topics.requests])
+        except aiomqtt.MqttError as error:
+            raise LinkLost(str(error)) from error
+        refused = [code for code in codes if getattr(code, "is_failure", False)]
+        if refused:
+            raise LinkLost(f"the broker refuses the subscriptions: {refused[0]}")
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._client.__aexit__(kind, error, trace)
+        except aiomqtt.MqttError as gone:
+            raise LinkLost(str(gone)) from gone
+        finally:
+            ended = self._client._disconnected
+            if ended.done() and not ended.cancelled():
+                ended.exception()  # or asyncio would say that nobody looked at it
+
+    async def messages(self) -> AsyncIterator[Message]:
+        """Requests as they come: one at a time, the next when this one was acknowledged."""
+        try:
+            async for message in self._client.messages:
+                properties = message.properties
+                payload = message.payload
+                yield Message(
+                    str(message.topic),
+                    bytes(payload) if isinstance(payload, bytes | bytearray) else str(payload or "").encode(),
+                    getattr(properties, "ResponseTopic", None),
+                    getattr(properties, "CorrelationData", None),
+                    message.mid,
+                    message.qos,
+                )
+        except aiomqtt.MqttError as error:
+            raise LinkLost(str(error)) from error
+
+    def acknowledge(self, message: Message) -> None:
+        """The message is safe; the broker may forget it."""
+        self._client._client.ack(message.number, message.qos)  # there is no public call for it
+
+    async def publish(self, topic: str, payload: bytes, correlation: bytes | None = None, *, sure: bool = True) -> None:
+        """Publish; with `sure`, until the broker has it."""
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.ContentType = "application/json"
+        if correlation is not None:
+            properties.CorrelationData = correlation
+        await self._publish(topic, payload, AT_LEAST_ONCE if sure else 0, properties=properties)
+
+    async def announce(self, state: dict[str, object]) -> None:
+        """The worker's retained status."""
+        await self._publish(self._status, encode(state), AT_LEAST_ONCE, retain=True)
+
+    async def _publish(
+        self, topic: str, payload: bytes, qos: int, *, retain: bool = False, properties: Properties | None = None
+    ) -> None:
+        try:
+            await self._client.publish(topic, payload, qos, retain, properties)
+        except aiomqtt.MqttError as error:
+            raise LinkLost(str(error)) from error
+
+
+def _tls(settings: WorkerSettings) -> ssl.SSLContext:
+    """What the connection is trusted by. Raises `BadInput`."""
+    try:
+        context = ssl.create_default_context(cafile=settings.tls_ca)
+        if settings.tls_cert is not None:
+            context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise BadInput(f"the certificates (tls_ca, tls_cert, tls_key) cannot be used: {error}") from error
+    return context

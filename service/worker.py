@@ -1,0 +1,399 @@
+"""`Worker`: messages in, answers out, nothing lost.
+
+Four loops on one event loop, none of which waits for the model: the link (stay connected), the intake (store, then
+acknowledge), the work (sessions side by side, each in order) and the outbox (publish, then mark).
+"""
+
+import asyncio
+import contextlib
+import datetime as dt
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from functools import partial
+
+from sqlite_utils import Database as Tables
+
+from longstride.errors import BadInput, Busy, ContextFull, LongstrideError, StorageError
+from longstride.scheduler.assistant import Assistant
+from longstride.service.metrics import Metrics
+from longstride.service.mqtt import Link, LinkLost
+from longstride.service.requests import Request, Topics, received
+from longstride.service.settings import WorkerSettings
+from longstride.service.work import Work
+from longstride.storage.jobs import Job, JobGone, Jobs, Reply
+from longstride.storage.lock import WorkerLock
+
+log = logging.getLogger("longstride.worker")
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)  # of the message that is worked on
+
+POLL_S = 1.0  # for what other processes change in the database
+CARE_S = 5.0
+FORGET_S = 3600.0
+BATCH = 10  # replies on their way to the broker at once
+LONGEST_WAIT_S = 60.0
+
+
+def backoff_s(failures: int) -> float:
+    """Seconds to wait after so many failures: doubling, with jitter so that many workers do not come back at once."""
+    return float(min(LONGEST_WAIT_S, 0.5 * 2 ** min(failures, 10))) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+
+
+class Worker:
+    """Works off the messages of one database. `run` returns after `stop`."""
+
+    def __init__(
+        self, assistant: Assistant, settings: WorkerSettings, new_link: Callable[[], Link] | None = None
+    ) -> None:
+        self.assistant = assistant
+        self.settings = settings
+        self.topics = Topics(settings.topics)
+        self.jobs = Jobs(assistant.database)
+        self.metrics = Metrics()
+        self.work = Work(assistant, self.jobs, settings, self.metrics, self._publish)
+        self.problem = ""  # what keeps the worker from its work now
+        self._new_link = new_link or (lambda: Link(settings))
+        self.connected = asyncio.Event()
+        self._link: Link | None = None
+        self._stopping = asyncio.Event()
+        self._news = asyncio.Event()  # a message arrived, a job ended, or it is time to stop
+        self._replies = asyncio.Event()  # the outbox may hold something
+        self._running: dict[str, asyncio.Task[None]] = {}  # by session
+        self._paused: dict[str, float] = {}  # sessions that wait after a failure, until when
+        self._failures: dict[str, int] = {}
+        self._since = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+    def stop(self) -> None:
+        """Finish: text that is being read stops at the last saved chunk, answers have `grace_s` to end."""
+        self._stopping.set()
+        self._news.set()
+
+    async def run(self) -> None:
+        """Work until `stop`. Raises `StorageError` if another worker holds the database, `BadInput` for settings."""
+        with WorkerLock(self.jobs.database), self._metrics_port():
+            again = await self.jobs.database.awrite(self.jobs.recover)
+            log.info("started", extra={"interrupted": again, "waiting": (await asyncio.to_thread(self.jobs.depth))[0]})
+            loops = [asyncio.create_task(loop) for loop in (self._dispatch(), self._stay_connected(), self._care())]
+            try:
+                await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+                for loop in loops:
+                    if loop.done():
+                        loop.result()  # the first is done when it was told to stop; the others only if they failed
+                await self._say_goodbye()
+            finally:
+                for loop in loops:
+                    loop.cancel()
+                await asyncio.gather(*loops, return_exceptions=True)
+                self._health("stopped")
+                log.info("stopped")
+
+    def _metrics_port(self) -> contextlib.AbstractContextManager[object]:
+        if self.settings.metrics_port is None:
+            return contextlib.nullcontext()
+        return self.metrics.serve(self.settings.metrics_host, self.settings.metrics_port)
+
+    # --- the link ---
+
+    async def _stay_connected(self) -> None:
+        failures = 0
+        while True:
+            try:
+                async with self._connected() as link:
+                    failures = 0
+                    await self._serve(link)
+            except LinkLost as error:
+                self.problem = f"no connection to the broker: {error}"
+            wait = backoff_s(failures)
+            failures += 1
+            log.warning("no connection", extra={"problem": self.problem, "again_in_s": round(wait, 1)})
+            await asyncio.sleep(wait)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncGenerator[Link, None]:
+        async with self._new_link() as link:
+            await link.announce({"state": "online", "since": self._since, "pid": os.getpid()})
+            log.info("connected")
+            self._link, self.problem = link, ""
+            self.connected.set()
+            self.metrics.connected.set(1)
+            try:
+                yield link
+            finally:
+                self._link = None
+                self.connected.clear()
+                self.metrics.connected.set(0)
+
+    async def _serve(self, link: Link) -> None:
+        """Take messages and send replies until the connection breaks."""
+        tasks = [asyncio.create_task(self._intake(link)), asyncio.create_task(self._outbox(link))]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _publish(self, topic: str, payload: bytes) -> None:
+        """Send what may get lost: nobody waits for it, and without a connection it is not sent."""
+        if self._link is not None:
+            with contextlib.suppress(LinkLost):
+                await self._link.publish(topic, payload, sure=False)
+
+    # --- in ---
+
+    async def _intake(self, link: Link) -> None:
+        async for message in link.messages():
+            await self._room()
+            job, problem = received(
+                self.topics, message.topic, message.payload, message.reply_topic, message.correlation,
+                limit_bytes=self.settings.message_limit_bytes,
+            )  # fmt: skip
+            replies = self.work.replies.dead(job, problem) if problem else []
+            new = await self._surely(partial(self._receive, job, problem, replies))
+            link.acknowledge(message)
+            outcome = "repeated" if not new else "refused" if problem else "received"
+            self.metrics.messages.labels(outcome).inc()
+            log.info(outcome, extra={"request": job.key, "bytes": len(message.payload)})
+            self._news.set()
+            if problem:
+                self._replies.set()
+
+    def _receive(self, job: Job, problem: str, replies: list[Reply], tables: Tables) -> bool:
+        return self.jobs.receive(tables, job, problem, replies)
+
+    async def _room(self) -> None:
+        """Wait while as much waits here as may; the broker holds the rest."""
+        while True:
+            count, size = await asyncio.to_thread(self.jobs.depth)
+            self.metrics.waiting.set(count)
+            self.metrics.waiting_bytes.set(size)
+            if count < self.settings.inbox_limit and size < self.settings.inbox_limit_bytes:
+                return
+            await asyncio.sleep(POLL_S / 4)
+
+    async def _surely(self, change: Callable[[Tables], bool]) -> bool:
+        """A transaction that has to be; waits for as long as the database cannot be written."""
+        failures = 0
+        while True:
+            try:
+                done = await self.jobs.database.awrite(change)
+            except StorageError as error:
+                self.problem = str(error)
+                wait = backoff_s(failures)
+                failures += 1
+                log.error("cannot store", extra={"problem": str(error), "again_in_s": round(wait, 1)})  # noqa: TRY400
+                await asyncio.sleep(wait)
+                continue
+            if failures:
+                self.problem = ""
+            return done
+
+    # --- the work ---
+
+    async def _dispatch(self) -> None:
+        """Give every session its oldest message, as many sessions at once as may be."""
+        while not self._stopping.is_set():
+            self._news.clear()
+            while len(self._running) < self.settings.sessions_at_once and not self._stopping.is_set():
+                jobs = await self._take()
+                if not jobs:
+                    break
+                task = asyncio.create_task(self._run(jobs), name=jobs[0].kind)
+                self._running[jobs[0].session] = task
+                task.add_done_callback(partial(self._ended, jobs[0].session))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), POLL_S)
+        await self._wind_down()
+
+    def _ended(self, session: str, task: asyncio.Task[None]) -> None:
+        del self._running[session]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a job was left over; the next start takes it up", exc_info=task.exception())
+        self._news.set()
+        self._replies.set()
+
+    async def _take(self) -> list[Job]:
+        now = time.monotonic()
+        self._paused = {session: until for session, until in self._paused.items() if until > now}
+        busy = {*self._running, *self._paused}
+        try:
+            return await self.jobs.database.awrite(partial(self.jobs.take, busy=busy))
+        except StorageError as error:
+            self.problem = str(error)
+            log.error("cannot take a message", extra={"problem": str(error)})  # noqa: TRY400
+            return []
+
+    async def _run(self, jobs: list[Job]) -> None:
+        """Jobs of one session, one or several texts; whatever becomes of them is stored."""
+        request_id.set(", ".join(job.key for job in jobs))
+        started = time.perf_counter()
+        outcome = "done"
+        try:
+            good = await self._readable(jobs)
+            if not good:
+                return
+            jobs = [job for job, _ in good]
+            await self.work.do(good)
+            self._failures.pop(jobs[0].session, None)
+        except JobGone:
+            outcome = "removed"
+        except asyncio.CancelledError:
+            with contextlib.suppress(LongstrideError):  # the next start finds them anyway
+                await self._give_back(jobs, counted=False)
+            log.info("put back", extra={"seconds": round(time.perf_counter() - started, 3)})
+            raise
+        except Busy as error:
+            outcome = await self._again(jobs, str(error), counted=False)
+        except (BadInput, ContextFull) as error:
+            outcome = await self._refused(jobs, str(error))
+        except LongstrideError as error:
+            outcome = await self._again(jobs, str(error), counted=True)
+        except Exception as error:
+            log.exception("failed")
+            # the error's own words may hold text of the session; its kind does not
+            outcome = await self._again(jobs, f"internal error ({type(error).__name__})", counted=True)
+        if outcome != "dead":
+            self.metrics.messages.labels(outcome).inc(len(jobs))
+        seconds, waited = round(time.perf_counter() - started, 3), round(jobs[0].age_s, 1)
+        log.info(outcome, extra={"messages": len(jobs), "seconds": seconds, "waited_s": waited})
+
+    async def _readable(self, jobs: list[Job]) -> list[tuple[Job, Request]]:
+        """What the jobs ask for; those that ask for nothing that can be done are dead."""
+        good = []
+        for job in jobs:
+            try:
+                good.append((job, await self.work.read(job)))
+            except BadInput as error:
+                await self._bury(job, str(error))
+        return good
+
+    async def _refused(self, jobs: list[Job], reason: str) -> str:
+        """What cannot be done is dead; of several, each is tried alone to find out which it is."""
+        if len(jobs) > 1:
+            await self._give_back(jobs, counted=True)
+            return "again"
+        return await self._bury(jobs[0], reason)
+
+    async def _again(self, jobs: list[Job], reason: str, *, counted: bool) -> str:
+        """Try jobs once more after a while, unless they were tried often enough; the session waits with them."""
+        session, attempts = jobs[0].session, jobs[0].attempts
+        if counted and attempts >= self.settings.attempts and len(jobs) == 1:
+            return await self._bury(jobs[0], reason)
+        failures = self._failures[session] = self._failures.get(session, 0) + 1
+        self._paused[session] = time.monotonic() + backoff_s(failures - 1)
+        log.warning("to be tried again", extra={"problem": reason, "attempt": attempts})
+        await self._give_back(jobs, counted=counted)
+        return "again"
+
+    async def _give_back(self, jobs: list[Job], *, counted: bool) -> None:
+        def change(tables: Tables) -> bool:
+            for job in jobs:
+                with contextlib.suppress(JobGone):  # it was done before the others failed, or was removed
+                    self.jobs.give_back(tables, job.seq, counted=counted)
+            return True
+
+        await self._surely(change)
+
+    async def _bury(self, job: Job, reason: str) -> str:
+        def change(tables: Tables) -> bool:
+            self.jobs.bury(tables, job.seq, reason, self.work.replies.dead(job, reason))
+            return True
+
+        self._failures.pop(job.session, None)
+        self.metrics.messages.labels("dead").inc()
+        log.warning("dead", extra={"problem": reason, "request": job.key})
+        with contextlib.suppress(JobGone):
+            await self._surely(change)
+        return "dead"
+
+    # --- out ---
+
+    async def _outbox(self, link: Link) -> None:
+        while True:
+            self._replies.clear()
+            waiting = await asyncio.to_thread(self.jobs.outgoing, BATCH)
+            if not waiting:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._replies.wait(), POLL_S)
+                continue
+            # they go out in order, without waiting for each other
+            sent = await asyncio.gather(
+                *(link.publish(reply.topic, reply.payload, reply.correlation) for _, reply in waiting),
+                return_exceptions=True,
+            )
+            ids = [id_ for (id_, _), result in zip(waiting, sent, strict=True) if result is None]
+
+            def change(tables: Tables, ids: list[int] = ids) -> bool:
+                self.jobs.published(tables, ids)
+                return True
+
+            await self._surely(change)
+            for result in sent:
+                if result is not None:
+                    raise result
+
+    # --- the end ---
+
+    async def _wind_down(self) -> None:
+        """Reading stops at once, at what was saved; answers may end."""
+        log.info("stopping", extra={"running": len(self._running)})
+        tasks = list(self._running.values())
+        for task in tasks:
+            if task.get_name() == "feed":
+                task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=self.settings.grace_s)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _say_goodbye(self) -> None:
+        """Send what is ready to be sent, if the broker is there, and the status."""
+        link, until = self._link, time.monotonic() + CARE_S
+        while link is not None and link is self._link and time.monotonic() < until:
+            if not await asyncio.to_thread(self.jobs.outgoing, 1):
+                with contextlib.suppress(LinkLost):
+                    await link.announce({"state": "stopped", "since": self._since})
+                return
+            await asyncio.sleep(0.02)
+
+    # --- how it is ---
+
+    async def _care(self) -> None:
+        """The health file, the gauges, and forgetting what was done long ago."""
+        forgot = -FORGET_S
+        while True:
+            self.metrics.oldest.set(await asyncio.to_thread(self.jobs.oldest_s))
+            self.metrics.dead.set(await asyncio.to_thread(self.jobs.dead_count))
+            await asyncio.to_thread(self._health, "online")
+            if time.monotonic() - forgot >= FORGET_S:
+                forgot = time.monotonic()
+                before = dt.datetime.now(dt.UTC) - dt.timedelta(days=self.settings.keep_days)
+                await self._forget(before.isoformat(timespec="seconds"))
+            await asyncio.sleep(CARE_S)
+
+    async def _forget(self, before: str) -> None:
+        with contextlib.suppress(StorageError):  # it will be tried again in an hour
+            await self.jobs.database.awrite(lambda tables: self.jobs.forget(tables, before))
+
+    def _health(self, state: str) -> None:
+        path = self.settings.health_file
+        if path is None:
+            return
+        data = {
+            "state": state, "pid": os.getpid(), "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "connected": self.connected.is_set(), "running": len(self._running), "problem": self.problem,
+        }  # fmt: skip
+        fresh = path.with_name(path.name + ".new")
+        try:
+            fresh.write_text(json.dumps(data) + "\n")
+            fresh.replace(path)
+        except OSError as error:
+            log.error("cannot write the health file", extra={"problem": str(error)})  # noqa: TRY400
