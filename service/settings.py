@@ -35,7 +35,7 @@ class WorkerSettings(BaseSettings):
     away_s: int = Field(7 * 86400, ge=60, description="seconds that the broker keeps messages while the worker is away")
     sessions_at_once: int = Field(8, ge=1, description="sessions worked on side by side")
     sessions_open: int = Field(64, ge=1, description="sessions kept open; those unused for longest are closed")
-    attempts: int = Field(5, ge=1, description="times a message is tried before it is dead")
+    attempts: int = Field(5, ge=2, description="times a message is tried before it is dead")
     message_limit_bytes: int = Field(1 << 20, ge=1, description="bytes of a message at most")
     inbox_limit: int = Field(1000, ge=1, description="messages waiting at most; the broker holds the rest")
     inbox_limit_bytes: int = Field(64 << 20, ge=1, description="bytes waiting at most; the broker holds the rest")

@@ -7,11 +7,11 @@ acknowledge), the work (sessions side by side, each in order) and the outbox (pu
 import asyncio
 import contextlib
 import datetime as dt
-import json
 import logging
 import os
 import random
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -21,6 +21,7 @@ from sqlite_utils import Database as Tables
 
 from longstride.errors import BadInput, Busy, ContextFull, LongstrideError, StorageError
 from longstride.scheduler.assistant import Assistant
+from longstride.service.care import Care
 from longstride.service.metrics import Metrics
 from longstride.service.mqtt import Link, LinkLost
 from longstride.service.requests import Request, Topics, received
@@ -33,8 +34,7 @@ log = logging.getLogger("longstride.worker")
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)  # of the message that is worked on
 
 POLL_S = 1.0  # for what other processes change in the database
-CARE_S = 5.0
-FORGET_S = 3600.0
+GOODBYE_S = 5.0  # for the replies that are ready, at the end
 BATCH = 10  # replies on their way to the broker at once
 LONGEST_WAIT_S = 60.0
 
@@ -47,9 +47,7 @@ def backoff_s(failures: int) -> float:
 class Worker:
     """Works off the messages of one database. `run` returns after `stop`."""
 
-    def __init__(
-        self, assistant: Assistant, settings: WorkerSettings, new_link: Callable[[], Link] | None = None
-    ) -> None:
+    def __init__(self, assistant: Assistant, settings: WorkerSettings) -> None:
         self.assistant = assistant
         self.settings = settings
         self.topics = Topics(settings.topics)
@@ -57,7 +55,7 @@ class Worker:
         self.metrics = Metrics()
         self.work = Work(assistant, self.jobs, settings, self.metrics, self._publish)
         self.problem = ""  # what keeps the worker from its work now
-        self._new_link = new_link or (lambda: Link(settings))
+        self.care = Care(self.jobs, settings, self.metrics, self._condition)
         self.connected = asyncio.Event()
         self._link: Link | None = None
         self._stopping = asyncio.Event()
@@ -78,7 +76,7 @@ class Worker:
         with WorkerLock(self.jobs.database), self._metrics_port():
             again = await self.jobs.database.awrite(self.jobs.recover)
             log.info("started", extra={"interrupted": again, "waiting": (await asyncio.to_thread(self.jobs.depth))[0]})
-            loops = [asyncio.create_task(loop) for loop in (self._dispatch(), self._stay_connected(), self._care())]
+            loops = [asyncio.create_task(loop) for loop in (self._dispatch(), self._stay_connected(), self.care.loop())]
             try:
                 await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
                 for loop in loops:
@@ -86,16 +84,20 @@ class Worker:
                         loop.result()  # the first is done when it was told to stop; the others only if they failed
                 await self._say_goodbye()
             finally:
-                for loop in loops:
-                    loop.cancel()
-                await asyncio.gather(*loops, return_exceptions=True)
-                self._health("stopped")
+                tasks = [*loops, *self._running.values()]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self.care.write("stopped")
                 log.info("stopped")
 
     def _metrics_port(self) -> contextlib.AbstractContextManager[object]:
         if self.settings.metrics_port is None:
             return contextlib.nullcontext()
         return self.metrics.serve(self.settings.metrics_host, self.settings.metrics_port)
+
+    def _condition(self) -> dict[str, object]:
+        return {"connected": self.connected.is_set(), "running": len(self._running), "problem": self.problem}
 
     # --- the link ---
 
@@ -108,6 +110,8 @@ class Worker:
                     await self._serve(link)
             except LinkLost as error:
                 self.problem = f"no connection to the broker: {error}"
+            except StorageError as error:
+                self.problem = str(error)
             wait = backoff_s(failures)
             failures += 1
             log.warning("no connection", extra={"problem": self.problem, "again_in_s": round(wait, 1)})
@@ -115,7 +119,7 @@ class Worker:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncGenerator[Link, None]:
-        async with self._new_link() as link:
+        async with Link(self.settings) as link:
             await link.announce({"state": "online", "since": self._since, "pid": os.getpid()})
             log.info("connected")
             self._link, self.problem = link, ""
@@ -253,12 +257,11 @@ class Worker:
             outcome = await self._again(jobs, str(error), counted=False)
         except (BadInput, ContextFull) as error:
             outcome = await self._refused(jobs, str(error))
-        except LongstrideError as error:
-            outcome = await self._again(jobs, str(error), counted=True)
         except Exception as error:
-            log.exception("failed")
-            # the error's own words may hold text of the session; its kind does not
-            outcome = await self._again(jobs, f"internal error ({type(error).__name__})", counted=True)
+            # the error's own words may hold text of a session, or name a document that this one must not know
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.debug("failed", exc_info=error)
+            outcome = await self._again(jobs, f"internal error ({type(error).__name__})", counted=True, where=where)
         if outcome != "dead":
             self.metrics.messages.labels(outcome).inc(len(jobs))
         seconds, waited = round(time.perf_counter() - started, 3), round(jobs[0].age_s, 1)
@@ -281,14 +284,14 @@ class Worker:
             return "again"
         return await self._bury(jobs[0], reason)
 
-    async def _again(self, jobs: list[Job], reason: str, *, counted: bool) -> str:
+    async def _again(self, jobs: list[Job], reason: str, *, counted: bool, where: str = "") -> str:
         """Try jobs once more after a while, unless they were tried often enough; the session waits with them."""
         session, attempts = jobs[0].session, jobs[0].attempts
         if counted and attempts >= self.settings.attempts and len(jobs) == 1:
             return await self._bury(jobs[0], reason)
         failures = self._failures[session] = self._failures.get(session, 0) + 1
         self._paused[session] = time.monotonic() + backoff_s(failures - 1)
-        log.warning("to be tried again", extra={"problem": reason, "attempt": attempts})
+        log.warning("to be tried again", extra={"problem": reason, "attempt": attempts, "where": where})
         await self._give_back(jobs, counted=counted)
         return "again"
 
@@ -356,44 +359,10 @@ class Worker:
 
     async def _say_goodbye(self) -> None:
         """Send what is ready to be sent, if the broker is there, and the status."""
-        link, until = self._link, time.monotonic() + CARE_S
+        link, until = self._link, time.monotonic() + GOODBYE_S
         while link is not None and link is self._link and time.monotonic() < until:
             if not await asyncio.to_thread(self.jobs.outgoing, 1):
                 with contextlib.suppress(LinkLost):
                     await link.announce({"state": "stopped", "since": self._since})
                 return
             await asyncio.sleep(0.02)
-
-    # --- how it is ---
-
-    async def _care(self) -> None:
-        """The health file, the gauges, and forgetting what was done long ago."""
-        forgot = -FORGET_S
-        while True:
-            self.metrics.oldest.set(await asyncio.to_thread(self.jobs.oldest_s))
-            self.metrics.dead.set(await asyncio.to_thread(self.jobs.dead_count))
-            await asyncio.to_thread(self._health, "online")
-            if time.monotonic() - forgot >= FORGET_S:
-                forgot = time.monotonic()
-                before = dt.datetime.now(dt.UTC) - dt.timedelta(days=self.settings.keep_days)
-                await self._forget(before.isoformat(timespec="seconds"))
-            await asyncio.sleep(CARE_S)
-
-    async def _forget(self, before: str) -> None:
-        with contextlib.suppress(StorageError):  # it will be tried again in an hour
-            await self.jobs.database.awrite(lambda tables: self.jobs.forget(tables, before))
-
-    def _health(self, state: str) -> None:
-        path = self.settings.health_file
-        if path is None:
-            return
-        data = {
-            "state": state, "pid": os.getpid(), "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "connected": self.connected.is_set(), "running": len(self._running), "problem": self.problem,
-        }  # fmt: skip
-        fresh = path.with_name(path.name + ".new")
-        try:
-            fresh.write_text(json.dumps(data) + "\n")
-            fresh.replace(path)
-        except OSError as error:
-            log.error("cannot write the health file", extra={"problem": str(error)})  # noqa: TRY400

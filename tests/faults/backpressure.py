@@ -36,8 +36,8 @@ def live(db: Path, url: str) -> None:
         torch.set_num_threads(1)
 
         async def work() -> None:
-            # caches full from early on, so that what grows is something else
-            caches = {"pieces_limit_bytes": 1 << 20, "blocks_limit_bytes": 1 << 22}
+            # caches that are full early on, and no texts kept for drafts, so that what grows is something else
+            caches = {"pieces_limit_bytes": 1 << 20, "blocks_limit_bytes": 1 << 22, "drafting": "off"}
             async with Assistant.open(db, model=tiny_assistant_model(), **SETTINGS, **caches) as assistant:
                 settings = load_worker_settings(
                     broker=url, topics=ROOT, inbox_limit=LIMIT, keepalive_s=KEEPALIVE_S, grace_s=5
