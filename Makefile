@@ -44,6 +44,7 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.decode --lengths 64,4096 --json docs/benchmarks/decode.json --plot docs/benchmarks/decode.png
 	$(BIN)/python -m benchmarks.drafting --json docs/benchmarks/drafting.json --plot docs/benchmarks/drafting.png
 	$(BIN)/python -m benchmarks.sessions --json docs/benchmarks/sessions.json --plot docs/benchmarks/sessions.png
+	$(BIN)/python -m benchmarks.worker --json docs/benchmarks/worker.json --plot docs/benchmarks/worker.png
 	$(BIN)/python -m benchmarks.snapshots --json docs/benchmarks/snapshots.json
 	$(BIN)/python -m benchmarks.retrieval --json docs/benchmarks/retrieval.json
 

@@ -121,14 +121,18 @@ def _jobs(db: Path | None) -> Jobs:
 def list_(db: c.Db = None, json: c.Json = False) -> None:
     """List them, oldest first, with the reason."""
     jobs = _jobs(db)
-    found = jobs.dead()
+    found, count = jobs.dead(), jobs.dead_count()
     jobs.database.close()
     if json:
         names = ("seq", "key", "session", "kind", "topic", "reason", "attempts", "received_at")
         c.print_json([{name: getattr(job, name) for name in names} for job in found])
         return
     for job in found:
-        c.out.print(f"{job.seq}  {job.received_at}  {job.key}  {len(job.payload):,} bytes: {job.reason}", markup=False)
+        # a sender chose the key; it must not steer the terminal
+        key = "".join(character if character.isprintable() else "?" for character in job.key)
+        c.out.print(f"{job.seq}  {job.received_at}  {key}  {len(job.payload):,} bytes: {job.reason}", markup=False)
+    if count > len(found):
+        c.out.print(f"and {count - len(found):,} more", style="dim")
     if not found:
         c.out.print("none")
 

@@ -21,5 +21,9 @@ class StorageError(LongstrideError):
     """The database cannot be opened or written; what was stored before is unharmed."""
 
 
+class StorageUnavailable(StorageError):
+    """The database cannot be used now: the disk is full, the file is locked or read-only. Trying again may help."""
+
+
 class Busy(LongstrideError):
     """The device's queue is at its bound; try again later."""

@@ -38,6 +38,9 @@ class Care:
             with contextlib.suppress(StorageError):
                 self.metrics.oldest.set(await asyncio.to_thread(self.jobs.oldest_s))
                 self.metrics.dead.set(await asyncio.to_thread(self.jobs.dead_count))
+                outgoing, refused = await asyncio.to_thread(self.jobs.outbox_counts)
+                self.metrics.outgoing.set(outgoing)
+                self.metrics.refused.set(refused)
                 await self._forget()
             await asyncio.sleep(EVERY_S)
 

@@ -34,6 +34,8 @@ class Metrics:
         self.waiting_bytes = gauge("inbox_bytes", "Their bytes")
         self.oldest = gauge("inbox_age_seconds", "Seconds since the oldest message that waits was received")
         self.dead = gauge("dead_letters", "Messages that could not be done and were not dropped")
+        self.outgoing = gauge("outbox_messages", "Replies that wait to be published")
+        self.refused = gauge("replies_refused", "Replies that the broker does not take")
         self.connected = gauge("connected", "Whether the broker is connected")
         self.first_token = Histogram(
             "longstride_first_token_seconds", "From a question's turn to the first token of its answer",

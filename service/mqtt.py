@@ -1,12 +1,14 @@
 """`Link`: one connection to the broker. What is received stays the broker's until it is acknowledged here."""
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiomqtt
+import paho.mqtt.properties as paho_properties
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -19,8 +21,34 @@ AT_LEAST_ONCE = 1
 RETAINED_IF_NEW = 1  # a retained request is sent with the first subscription, not with each that follows
 
 
+UNSURE_LIMIT = 100  # messages of QoS 0 that wait at most; no Receive Maximum holds them back
+ANSWER_S = 10.0  # the broker's time to acknowledge
+
+
 class LinkLost(LongstrideError):
     """The broker cannot be reached, or the connection broke."""
+
+
+class Refused(LongstrideError):
+    """The broker does not take this message (its access rules, its limits); the connection is in order."""
+
+
+def _text(buffer: bytes, most: int) -> tuple[str, int]:
+    raw, size = paho_properties.readBytes(buffer, most)  # type: ignore[no-untyped-call]
+    return bytes(raw).decode(), size
+
+
+# paho breaks the connection over U+FEFF in a property, which MQTT 5 allows (1.5.4) and brokers pass on: one such
+# message, delivered again after each connect, would stop the worker for good
+paho_properties.readUTF = _text
+
+
+class _Incoming(asyncio.Queue[aiomqtt.Message]):
+    """Drops what came at QoS 0 where too much of it waits; that is what QoS 0 means."""
+
+    def put_nowait(self, item: aiomqtt.Message) -> None:
+        if item.qos or self.qsize() < UNSURE_LIMIT:
+            super().put_nowait(item)
 
 
 @dataclass(frozen=True)
@@ -60,9 +88,12 @@ class Link:
             password=settings.secret(),
             tls_context=_tls(settings) if tls else None,
             keepalive=settings.keepalive_s,
+            queue_type=_Incoming,
             will=aiomqtt.Will(self._status, encode({"state": "lost"}), AT_LEAST_ONCE, retain=True),
         )
         self._client._client.manual_ack_set(True)  # there is no public call for it
+        self._client._client.on_publish = self._acknowledged  # aiomqtt does not look at the reason
+        self._waiting: dict[int, asyncio.Future[str]] = {}  # by the message's number: why it was refused, or ""
 
     async def __aenter__(self) -> Self:
         try:
@@ -71,8 +102,8 @@ class Link:
             raise LinkLost(str(error)) from error
         try:
             await self._subscribe()
-        except BaseException:
-            await self.__aexit__(None, None, None)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, None)
             raise
         return self
 
@@ -92,11 +123,17 @@ class Link:
         try:
             await self._client.__aexit__(kind, error, trace)
         except aiomqtt.MqttError as gone:
-            raise LinkLost(str(gone)) from gone
+            if kind is None:  # else the reason to leave is what matters: a cancellation, above all
+                raise LinkLost(str(gone)) from gone
         finally:
             ended = self._client._disconnected
             if ended.done() and not ended.cancelled():
                 ended.exception()  # or asyncio would say that nobody looked at it
+
+    async def lost(self) -> None:
+        """Wait until the connection breaks."""
+        await asyncio.wait([self._client._disconnected])
+        raise LinkLost("the connection broke")
 
     async def messages(self) -> AsyncIterator[Message]:
         """Requests as they come: one at a time, the next when this one was acknowledged."""
@@ -120,7 +157,7 @@ class Link:
         self._client._client.ack(message.number, message.qos)  # there is no public call for it
 
     async def publish(self, topic: str, payload: bytes, correlation: bytes | None = None, *, sure: bool = True) -> None:
-        """Publish; with `sure`, until the broker has it."""
+        """Publish; with `sure`, until the broker has it. Raises `Refused`."""
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.ContentType = "application/json"
         if correlation is not None:
@@ -134,10 +171,25 @@ class Link:
     async def _publish(
         self, topic: str, payload: bytes, qos: int, *, retain: bool = False, properties: Properties | None = None
     ) -> None:
+        info = self._client._client.publish(topic, payload, qos, retain, properties)
+        if info.rc != 0:
+            raise LinkLost(f"cannot publish: {info.rc!r}")
+        if qos == 0:
+            return
+        answer = self._waiting[info.mid] = asyncio.get_running_loop().create_future()
         try:
-            await self._client.publish(topic, payload, qos, retain, properties)
-        except aiomqtt.MqttError as error:
-            raise LinkLost(str(error)) from error
+            await asyncio.wait([answer, self._client._disconnected], timeout=ANSWER_S, return_when="FIRST_COMPLETED")
+        finally:
+            del self._waiting[info.mid]
+        if not answer.done():
+            raise LinkLost("the broker did not acknowledge a message")
+        if answer.result():
+            raise Refused(answer.result())
+
+    def _acknowledged(self, _client: object, _data: object, number: int, reason: Any, _properties: object) -> None:
+        answer = self._waiting.get(number)
+        if answer is not None and not answer.done():
+            answer.set_result(str(reason) if getattr(reason, "is_failure", False) else "")
 
 
 def _tls(settings: WorkerSettings) -> ssl.SSLContext:

@@ -13,6 +13,7 @@ from longstride.storage.jobs import Job, Reply
 
 Id = Annotated[str, Field(min_length=1, max_length=200)]
 NAME_LIMIT = 200
+TOPIC_LIMIT, LEVELS_LIMIT = 1000, 200  # Mosquitto takes no more levels
 
 
 class Request(BaseModel):
@@ -27,7 +28,7 @@ class Feed(Request):
     """`.../feed`: read on. A newline follows the text, unless it ends in one."""
 
     text: str = Field(min_length=1)
-    notes_every: int | None = Field(default=None, ge=1)
+    notes_every: int | None = Field(default=None, ge=16)
 
 
 class Ask(Request):
@@ -95,8 +96,11 @@ class Topics:
 
     def may_reply(self, topic: str) -> bool:
         """Whether a reply may go there: it must be a topic, and no request must come of it."""
-        request = topic.startswith(f"{self.root}/sessions/") and topic.rpartition("/")[2] in KINDS
-        return bool(topic) and topic[0] != "$" and not {"#", "+", "\0"} & set(topic) and not request
+        # nobody gets at others' topics, or at the worker's own, through the worker's rights
+        own = [f"{self.root}/{part}" for part in ("sessions", "workers", "dead")]
+        private = any(topic == part or topic.startswith(f"{part}/") for part in own)
+        sound = 0 < len(topic) <= TOPIC_LIMIT and topic.count("/") < LEVELS_LIMIT and topic[0] != "$"
+        return sound and not private and not {"#", "+", "\0"} & set(topic)
 
 
 def key_of(session: str, kind: str, payload: bytes, correlation: bytes | None) -> str:
@@ -108,7 +112,7 @@ def key_of(session: str, kind: str, payload: bytes, correlation: bytes | None) -
     if isinstance(id_, str) and 0 < len(id_) <= NAME_LIMIT and not _lone_surrogates(id_):
         name = f"id {id_}"
     elif correlation:
-        name = f"correlation {correlation[:NAME_LIMIT].hex()}"
+        name = f"correlation {hashlib.sha256(correlation).hexdigest()}"
     else:
         name = f"sha256 {hashlib.sha256(payload).hexdigest()}"
     return f"{session}/{kind}/{name}"
@@ -121,6 +125,8 @@ def _lone_surrogates(text: str) -> bool:
 
 def parse(kind: str, payload: bytes) -> Request:
     """The request in a message. Raises `BadInput` with what is wrong, without repeating any of the text."""
+    if kind not in KINDS:
+        raise BadInput("there are no messages of this kind")
     if not payload:
         raise BadInput("the message is empty")
     try:
@@ -148,16 +154,19 @@ def received(
 ) -> tuple[Job, str]:
     """A message as it is stored, and what is wrong with it: nothing, or a sentence."""
     session, kind = topics.split(topic)
-    key, problem = key_of(session, kind, payload, correlation), ""
+    problem = ""
     if reply_topic is not None and not topics.may_reply(reply_topic):
-        problem, reply_topic = "the response topic is one of requests, or no topic to publish to", None
-    elif len(payload) > limit_bytes:
-        problem, payload = f"the message has {len(payload)} bytes; {limit_bytes} are allowed", b""
-    else:
-        try:
-            parse(kind, payload)
-        except BadInput as error:
-            problem = str(error)
+        problem, reply_topic = f"the response topic cannot be published to, or is one under {topics.root}/", None
+    if len(payload) > limit_bytes:
+        problem = f"the message has {len(payload)} bytes; {limit_bytes} are allowed"
+        # not looked into: what is large is large to parse
+        name = hashlib.sha256(correlation or payload).hexdigest()
+        return Job(f"{session}/{kind}/large {name}", session, kind, topic, b"", reply_topic, correlation), problem
+    key = key_of(session, kind, payload, correlation)
+    try:
+        parse(kind, payload)
+    except BadInput as error:
+        problem = problem or str(error)
     return Job(key, session, kind, topic, payload, reply_topic, correlation), problem
 
 

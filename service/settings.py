@@ -40,7 +40,7 @@ class WorkerSettings(BaseSettings):
     inbox_limit: int = Field(1000, ge=1, description="messages waiting at most; the broker holds the rest")
     inbox_limit_bytes: int = Field(64 << 20, ge=1, description="bytes waiting at most; the broker holds the rest")
     keep_days: float = Field(7.0, gt=0, description="days that a message's key is known after it was done")
-    notes_every: int | None = Field(None, ge=1, description="a note after every so many tokens read")
+    notes_every: int | None = Field(None, ge=16, description="a note after every so many tokens read")
     grace_s: float = Field(30.0, ge=0, description="seconds that answers have to finish when the worker is stopped")
     health_file: Path | None = Field(None, description="a file that is written every few seconds")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics")

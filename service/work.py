@@ -34,6 +34,7 @@ class Work:
         self.replies = Replies(self.topics)
         self._publish = publish
         self._used: OrderedDict[str, None] = OrderedDict()  # open sessions, least recently used first
+        self._at_work: set[str] = set()
 
     async def read(self, job: Job) -> Request:
         """What a job asks for. Raises `BadInput` for what no further try can change."""
@@ -53,7 +54,14 @@ class Work:
         What they change, that they are done and their replies are stored in one transaction.
         """
         job, request = jobs[0]
-        self._use(job.session)
+        self._at_work.add(job.session)
+        try:
+            self._use(job.session)
+            await self._do(job, request, jobs)
+        finally:
+            self._at_work.discard(job.session)
+
+    async def _do(self, job: Job, request: Request, jobs: Sequence[tuple[Job, Request]]) -> None:
         if isinstance(request, Ask):
             await self._ask(job, request)
         elif isinstance(request, Close):
@@ -67,9 +75,15 @@ class Work:
         """Close sessions that were not used for long, so that memory does not grow with their number."""
         self._used[session] = None
         self._used.move_to_end(session)
-        while len(self._used) > max(self.settings.sessions_open, self.settings.sessions_at_once):
-            # whoever is at work was used last: there are fewer of them than may be open
-            self.assistant.close_session(self._used.popitem(last=False)[0])
+        for idle in [name for name in self._used if name not in self._at_work]:
+            if len(self._used) <= self.settings.sessions_open:
+                return
+            self.close(idle)
+
+    def close(self, session: str) -> None:
+        """Let go of a session: the next job on it begins with what is stored."""
+        self._used.pop(session, None)
+        self.assistant.close_session(session)
 
     # --- feed ---
 
@@ -124,15 +138,15 @@ class Work:
                 self.metrics.answered(piece.answer)
 
     async def _close(self, job: Job, request: Close) -> None:
-        self._used.pop(job.session, None)
         done = self.replies.done(job, {"closed": True, "removed": request.remove})
         if request.remove:
             # messages that came after this one are not part of what is removed
+            self._used.pop(job.session, None)
             await self.assistant.remove_session(
                 job.session, jobs_before=job.seq, also=lambda tables: self.jobs.finish(tables, job.seq, done)
             )
             return
-        self.assistant.close_session(job.session)
+        self.close(job.session)
         await self.jobs.database.awrite(lambda tables: self.jobs.finish(tables, job.seq, done))
 
 

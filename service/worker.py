@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import logging
+import math
 import os
 import random
 import time
@@ -16,26 +17,30 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import count
+from typing import TypeVar
 
 from sqlite_utils import Database as Tables
 
-from longstride.errors import BadInput, Busy, ContextFull, LongstrideError, StorageError
+from longstride.errors import BadInput, Busy, ContextFull, LongstrideError, StorageError, StorageUnavailable
 from longstride.scheduler.assistant import Assistant
 from longstride.service.care import Care
 from longstride.service.metrics import Metrics
-from longstride.service.mqtt import Link, LinkLost
+from longstride.service.mqtt import Link, LinkLost, Refused
+from longstride.service.outbox import Outbox
 from longstride.service.requests import Request, Topics, received
 from longstride.service.settings import WorkerSettings
 from longstride.service.work import Work
-from longstride.storage.jobs import Job, JobGone, Jobs, Reply
+from longstride.storage.jobs import Job, JobGone, Jobs
 from longstride.storage.lock import WorkerLock
 
+T = TypeVar("T")
 log = logging.getLogger("longstride.worker")
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)  # of the message that is worked on
 
 POLL_S = 1.0  # for what other processes change in the database
 GOODBYE_S = 5.0  # for the replies that are ready, at the end
-BATCH = 10  # replies on their way to the broker at once
+STEADY_S = 10.0  # a connection that lived so long was none that breaks at once
 LONGEST_WAIT_S = 60.0
 
 
@@ -54,13 +59,13 @@ class Worker:
         self.jobs = Jobs(assistant.database)
         self.metrics = Metrics()
         self.work = Work(assistant, self.jobs, settings, self.metrics, self._publish)
-        self.problem = ""  # what keeps the worker from its work now
+        self.problems: dict[str, str] = {}  # what keeps the worker from its work now: broker, storage
         self.care = Care(self.jobs, settings, self.metrics, self._condition)
         self.connected = asyncio.Event()
         self._link: Link | None = None
         self._stopping = asyncio.Event()
         self._news = asyncio.Event()  # a message arrived, a job ended, or it is time to stop
-        self._replies = asyncio.Event()  # the outbox may hold something
+        self.outbox = Outbox(self.jobs, self._surely)
         self._running: dict[str, asyncio.Task[None]] = {}  # by session
         self._paused: dict[str, float] = {}  # sessions that wait after a failure, until when
         self._failures: dict[str, int] = {}
@@ -77,13 +82,16 @@ class Worker:
             again = await self.jobs.database.awrite(self.jobs.recover)
             log.info("started", extra={"interrupted": again, "waiting": (await asyncio.to_thread(self.jobs.depth))[0]})
             loops = [asyncio.create_task(loop) for loop in (self._dispatch(), self._stay_connected(), self.care.loop())]
+            state = "lost"
             try:
                 await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
                 for loop in loops:
                     if loop.done():
                         loop.result()  # the first is done when it was told to stop; the others only if they failed
-                await self._say_goodbye()
+                state = "stopped"
+                await self._flush()
             finally:
+                await self._announce(state)
                 tasks = [*loops, *self._running.values()]
                 for task in tasks:
                     task.cancel()
@@ -99,21 +107,27 @@ class Worker:
     def _condition(self) -> dict[str, object]:
         return {"connected": self.connected.is_set(), "running": len(self._running), "problem": self.problem}
 
+    @property
+    def problem(self) -> str:
+        """What keeps the worker from its work now; empty when nothing does."""
+        return "; ".join(self.problems.values())
+
     # --- the link ---
 
     async def _stay_connected(self) -> None:
         failures = 0
         while True:
+            began = time.monotonic()
             try:
                 async with self._connected() as link:
-                    failures = 0
+                    began = time.monotonic()
                     await self._serve(link)
             except LinkLost as error:
-                self.problem = f"no connection to the broker: {error}"
+                self.problems["broker"] = f"no connection to the broker: {error}"
             except StorageError as error:
-                self.problem = str(error)
+                self.problems["storage"] = str(error)
+            failures = 0 if time.monotonic() - began > STEADY_S else failures + 1
             wait = backoff_s(failures)
-            failures += 1
             log.warning("no connection", extra={"problem": self.problem, "again_in_s": round(wait, 1)})
             await asyncio.sleep(wait)
 
@@ -122,7 +136,8 @@ class Worker:
         async with Link(self.settings) as link:
             await link.announce({"state": "online", "since": self._since, "pid": os.getpid()})
             log.info("connected")
-            self._link, self.problem = link, ""
+            self._link = link
+            self.problems.pop("broker", None)
             self.connected.set()
             self.metrics.connected.set(1)
             try:
@@ -134,7 +149,11 @@ class Worker:
 
     async def _serve(self, link: Link) -> None:
         """Take messages and send replies until the connection breaks."""
-        tasks = [asyncio.create_task(self._intake(link)), asyncio.create_task(self._outbox(link))]
+        tasks = [
+            asyncio.create_task(self._intake(link)),
+            asyncio.create_task(self.outbox.serve(link)),
+            asyncio.create_task(link.lost()),
+        ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -155,22 +174,19 @@ class Worker:
     async def _intake(self, link: Link) -> None:
         async for message in link.messages():
             await self._room()
-            job, problem = received(
-                self.topics, message.topic, message.payload, message.reply_topic, message.correlation,
+            job, problem = await asyncio.to_thread(
+                received, self.topics, message.topic, message.payload, message.reply_topic, message.correlation,
                 limit_bytes=self.settings.message_limit_bytes,
             )  # fmt: skip
             replies = self.work.replies.dead(job, problem) if problem else []
-            new = await self._surely(partial(self._receive, job, problem, replies))
+            new = await self._surely(partial(self.jobs.receive, job=job, problem=problem, replies=replies))
             link.acknowledge(message)
             outcome = "repeated" if not new else "refused" if problem else "received"
             self.metrics.messages.labels(outcome).inc()
             log.info(outcome, extra={"request": job.key, "bytes": len(message.payload)})
             self._news.set()
             if problem:
-                self._replies.set()
-
-    def _receive(self, job: Job, problem: str, replies: list[Reply], tables: Tables) -> bool:
-        return self.jobs.receive(tables, job, problem, replies)
+                self.outbox.news.set()
 
     async def _room(self) -> None:
         """Wait while as much waits here as may; the broker holds the rest."""
@@ -182,22 +198,20 @@ class Worker:
                 return
             await asyncio.sleep(POLL_S / 4)
 
-    async def _surely(self, change: Callable[[Tables], bool]) -> bool:
+    async def _surely(self, change: Callable[[Tables], T]) -> T:
         """A transaction that has to be; waits for as long as the database cannot be written."""
-        failures = 0
-        while True:
+        for failures in count():
             try:
                 done = await self.jobs.database.awrite(change)
             except StorageError as error:
-                self.problem = str(error)
+                self.problems["storage"] = str(error)
                 wait = backoff_s(failures)
-                failures += 1
                 log.error("cannot store", extra={"problem": str(error), "again_in_s": round(wait, 1)})  # noqa: TRY400
                 await asyncio.sleep(wait)
-                continue
-            if failures:
-                self.problem = ""
-            return done
+            else:
+                self.problems.pop("storage", None)
+                return done
+        raise AssertionError("counting does not end")
 
     # --- the work ---
 
@@ -213,26 +227,35 @@ class Worker:
                 self._running[jobs[0].session] = task
                 task.add_done_callback(partial(self._ended, jobs[0].session))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), POLL_S)
+                async with asyncio.timeout(POLL_S):
+                    await self._news.wait()
         await self._wind_down()
 
     def _ended(self, session: str, task: asyncio.Task[None]) -> None:
         del self._running[session]
         if not task.cancelled() and task.exception() is not None:
-            log.error("a job was left over; the next start takes it up", exc_info=task.exception())
+            log.error("a job was left over", extra={"problem": f"internal error ({type(task.exception()).__name__})"})
+            self._paused[session] = math.inf  # what comes behind it waits for the next start, which takes it up
         self._news.set()
-        self._replies.set()
+        self.outbox.news.set()
 
     async def _take(self) -> list[Job]:
         now = time.monotonic()
         self._paused = {session: until for session, until in self._paused.items() if until > now}
         busy = {*self._running, *self._paused}
+
+        def take(tables: Tables) -> list[Job]:
+            # what failed twice is tried alone, so that nothing else is blamed for it, or dies with it
+            return [] if self._running and self.jobs.suspects(tables) else self.jobs.take(tables, busy)
+
         try:
-            return await self.jobs.database.awrite(partial(self.jobs.take, busy=busy))
+            taken = await self.jobs.database.awrite(take)
         except StorageError as error:
-            self.problem = str(error)
+            self.problems["storage"] = str(error)
             log.error("cannot take a message", extra={"problem": str(error)})  # noqa: TRY400
             return []
+        self.problems.pop("storage", None)
+        return taken
 
     async def _run(self, jobs: list[Job]) -> None:
         """Jobs of one session, one or several texts; whatever becomes of them is stored."""
@@ -245,15 +268,16 @@ class Worker:
                 return
             jobs = [job for job, _ in good]
             await self.work.do(good)
-            self._failures.pop(jobs[0].session, None)
+            self._recovered(jobs[0].session)
         except JobGone:
             outcome = "removed"
         except asyncio.CancelledError:
-            with contextlib.suppress(LongstrideError):  # the next start finds them anyway
-                await self._give_back(jobs, counted=False)
+            # once, as the next start finds them anyway: a full disk must not keep the worker from its end
+            with contextlib.suppress(LongstrideError):
+                await self.jobs.database.awrite(partial(self._put_back, jobs, counted=False))
             log.info("put back", extra={"seconds": round(time.perf_counter() - started, 3)})
             raise
-        except Busy as error:
+        except (Busy, StorageUnavailable) as error:
             outcome = await self._again(jobs, str(error), counted=False)
         except (BadInput, ContextFull) as error:
             outcome = await self._refused(jobs, str(error))
@@ -291,56 +315,33 @@ class Worker:
             return await self._bury(jobs[0], reason)
         failures = self._failures[session] = self._failures.get(session, 0) + 1
         self._paused[session] = time.monotonic() + backoff_s(failures - 1)
+        self.problems[f"session {session}"] = reason
         log.warning("to be tried again", extra={"problem": reason, "attempt": attempts, "where": where})
         await self._give_back(jobs, counted=counted)
         return "again"
 
-    async def _give_back(self, jobs: list[Job], *, counted: bool) -> None:
-        def change(tables: Tables) -> bool:
-            for job in jobs:
-                with contextlib.suppress(JobGone):  # it was done before the others failed, or was removed
-                    self.jobs.give_back(tables, job.seq, counted=counted)
-            return True
+    def _recovered(self, session: str) -> None:
+        self._failures.pop(session, None)
+        self.problems.pop(f"session {session}", None)
 
-        await self._surely(change)
+    async def _give_back(self, jobs: list[Job], *, counted: bool) -> None:
+        # the next try begins with what is stored, which another process may have changed
+        self.work.close(jobs[0].session)
+        await self._surely(partial(self._put_back, jobs, counted=counted))
+
+    def _put_back(self, jobs: list[Job], tables: Tables, *, counted: bool) -> None:
+        for job in jobs:
+            with contextlib.suppress(JobGone):  # it was done before the others failed, or was removed
+                self.jobs.give_back(tables, job.seq, counted=counted)
 
     async def _bury(self, job: Job, reason: str) -> str:
-        def change(tables: Tables) -> bool:
-            self.jobs.bury(tables, job.seq, reason, self.work.replies.dead(job, reason))
-            return True
-
-        self._failures.pop(job.session, None)
+        replies = self.work.replies.dead(job, reason)
+        self._recovered(job.session)
         self.metrics.messages.labels("dead").inc()
         log.warning("dead", extra={"problem": reason, "request": job.key})
         with contextlib.suppress(JobGone):
-            await self._surely(change)
+            await self._surely(lambda tables: self.jobs.bury(tables, job.seq, reason, replies))
         return "dead"
-
-    # --- out ---
-
-    async def _outbox(self, link: Link) -> None:
-        while True:
-            self._replies.clear()
-            waiting = await asyncio.to_thread(self.jobs.outgoing, BATCH)
-            if not waiting:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._replies.wait(), POLL_S)
-                continue
-            # they go out in order, without waiting for each other
-            sent = await asyncio.gather(
-                *(link.publish(reply.topic, reply.payload, reply.correlation) for _, reply in waiting),
-                return_exceptions=True,
-            )
-            ids = [id_ for (id_, _), result in zip(waiting, sent, strict=True) if result is None]
-
-            def change(tables: Tables, ids: list[int] = ids) -> bool:
-                self.jobs.published(tables, ids)
-                return True
-
-            await self._surely(change)
-            for result in sent:
-                if result is not None:
-                    raise result
 
     # --- the end ---
 
@@ -357,12 +358,16 @@ class Worker:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _say_goodbye(self) -> None:
-        """Send what is ready to be sent, if the broker is there, and the status."""
+    async def _flush(self) -> None:
+        """Send what is ready to be sent, if the broker is there."""
         link, until = self._link, time.monotonic() + GOODBYE_S
         while link is not None and link is self._link and time.monotonic() < until:
             if not await asyncio.to_thread(self.jobs.outgoing, 1):
-                with contextlib.suppress(LinkLost):
-                    await link.announce({"state": "stopped", "since": self._since})
                 return
             await asyncio.sleep(0.02)
+
+    async def _announce(self, state: str) -> None:
+        """Say how it ended; a connection that ends in order takes the last will with it."""
+        if self._link is not None:
+            with contextlib.suppress(LinkLost, Refused):
+                await self._link.announce({"state": state, "since": self._since})

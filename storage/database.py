@@ -12,11 +12,12 @@ from typing import TypeVar
 
 from sqlite_utils import Database as Tables
 
-from longstride.errors import StorageError
+from longstride.errors import StorageError, StorageUnavailable
 from longstride.storage.schema import migrations
 
 T = TypeVar("T")
 BUSY_S = 10.0
+UNAVAILABLE = ("full", "locked", "busy", "readonly", "disk I/O", "unable to open")  # in SQLite's words
 
 
 class Database:
@@ -153,7 +154,9 @@ class _Words:
             error = sqlite3.DatabaseError("malformed")
         foreign = isinstance(error, sqlite3.IntegrityError) and "FOREIGN KEY" in str(error)
         if foreign or (isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)):
-            text = str(error)
+            text, kind = str(error), StorageError
+            if any(words in text for words in UNAVAILABLE):
+                kind = StorageUnavailable
             if foreign:
                 hint = "what this belongs to was removed meanwhile, or is damaged (`longstride sessions verify` tells)"
             elif "full" in text:
@@ -166,4 +169,4 @@ class _Words:
                 hint = "the file is read-only; change its permissions or name another file with --db"
             else:
                 hint = f"{text}; if it was in order before, it is damaged: restore a backup or name another with --db"
-            raise StorageError(f"the database {self.path} could not be used: {hint}") from error
+            raise kind(f"the database {self.path} could not be used: {hint}") from error

@@ -80,8 +80,8 @@ class Jobs:
             "dead" if problem else "queued", problem, job.received_at,
         ]  # fmt: skip
         cursor = tables.conn.execute(
-            "insert or ignore into jobs (key, session, kind, topic, payload, digest, reply_topic, correlation, state, "
-            "reason, received_at) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
+            "insert into jobs (key, session, kind, topic, payload, digest, reply_topic, correlation, state, "
+            "reason, received_at) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict(key) do nothing", row,
         )  # fmt: skip
         if cursor.rowcount == 0:
             return False
@@ -90,6 +90,7 @@ class Jobs:
 
     def recover(self, tables: Tables) -> int:
         """Queue again what a worker that died was working on; returns how many. Only for the worker, at its start."""
+        tables.conn.execute("update outbox set refused = null where refused is not null")
         return int(tables.conn.execute("update jobs set state = 'queued' where state = 'working'").rowcount)
 
     def take(self, tables: Tables, busy: Collection[str]) -> list[Job]:
@@ -165,6 +166,11 @@ class Jobs:
         if tables.conn.execute(query, [*values, seq, state]).rowcount != 1:
             raise JobGone(f"message {seq} was removed from the inbox meanwhile")
 
+    def suspects(self, tables: Tables) -> bool:
+        """Whether something that waits failed twice or more: it is to be found out by itself, not among others."""
+        query = "select 1 from jobs where state in ('queued', 'working') and attempts >= 2 limit 1"
+        return tables.conn.execute(query).fetchone() is not None
+
     def depth(self) -> tuple[int, int]:
         """(messages, bytes) that wait or are worked on."""
         query = "select count(*), coalesce(sum(length(payload)), 0) from jobs where state in ('queued', 'working')"
@@ -192,7 +198,10 @@ class Jobs:
 
     def outgoing(self, count: int) -> list[tuple[int, Reply]]:
         """The first `count` messages that were not published yet, in order, each with its number."""
-        query = "select id, topic, payload, correlation from outbox where published_at is null order by id limit ?"
+        query = (
+            "select id, topic, payload, correlation from outbox where published_at is null and refused is null "
+            "order by id limit ?"
+        )
         rows = self.database.read(lambda tables: tables.conn.execute(query, [count]).fetchall())
         return [(row[0], Reply(*row[1:])) for row in rows]
 
@@ -201,6 +210,16 @@ class Jobs:
         tables.conn.executemany(
             "update outbox set published_at = ?, payload = x'' where id = ?", [(now(), id_) for id_ in ids]
         )
+
+    def refuse(self, tables: Tables, id_: int, reason: str) -> None:
+        """The broker does not take this one: keep it, out of the others' way, until the worker starts again."""
+        tables.conn.execute("update outbox set refused = ? where id = ?", [reason, id_])
+
+    def outbox_counts(self) -> tuple[int, int]:
+        """(messages to be published, messages that the broker refused)."""
+        query = "select count(*) - count(refused), count(refused) from outbox where published_at is null"
+        row = self.database.read(lambda tables: tables.conn.execute(query).fetchone())
+        return int(row[0]), int(row[1])
 
     # --- the dead, and the past ---
 
@@ -227,7 +246,10 @@ class Jobs:
         """Delete what was done and published before a time; its keys are no longer known then."""
         query = (
             "delete from jobs where state = 'done' and ended_at < ? "
-            "and not exists (select 1 from outbox where outbox.seq = jobs.seq and published_at is null)"
+            "and not exists (select 1 from outbox o where o.seq = jobs.seq and published_at is null "
+            "and refused is null) "
+            # whatever the clock says: the last one may be on its way here again
+            "and seq < (select max(seq) from jobs)"
         )
         return int(tables.conn.execute(query, [before]).rowcount)
 

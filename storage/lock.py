@@ -17,7 +17,7 @@ class WorkerLock:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._lock = FileLock(f"{database.path}-worker", mode=0o600)
+        self._lock = FileLock(f"{database.path.resolve()}-worker", mode=0o600)  # the same through any link
 
     def __enter__(self) -> None:
         try:

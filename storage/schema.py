@@ -186,13 +186,17 @@ def jobs(tables: Tables) -> None:
     tables.conn.execute("create index jobs_line on jobs(state, session, seq)")
     tables.conn.execute("create index jobs_session on jobs(session)")
     tables.conn.execute(
+        "create index jobs_suspects on jobs(seq) where state in ('queued', 'working') and attempts >= 2"
+    )
+    tables.conn.execute(
         """create table outbox (
             id integer primary key autoincrement,
             seq integer not null references jobs(seq) on delete cascade,
             topic text not null,
             payload blob not null,            -- emptied when published
             correlation blob,
-            published_at text
+            published_at text,
+            refused text                      -- why the broker does not take it
         ) strict"""
     )
     tables.conn.execute("create index outbox_waiting on outbox(id) where published_at is null")

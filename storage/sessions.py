@@ -281,10 +281,11 @@ class Sessions:
     def remove(self, tables: Tables, session_id: int, *, jobs_before: int | None = None) -> None:
         """Delete a session, its text, the blocks no other session holds and its messages, inside the caller's
 
-        transaction. `jobs_before`: only messages received before that one.
+        transaction. `jobs_before`: only messages received before that one, whose replies are out.
         """
         tables.conn.execute(
-            "delete from jobs where session = (select name from sessions where id = ?1) and (?2 is null or seq < ?2)",
+            "delete from jobs where session = (select name from sessions where id = ?1) and (?2 is null or (seq < ?2 "
+            "and not exists (select 1 from outbox o where o.seq = jobs.seq and o.published_at is null)))",
             [session_id, jobs_before],
         )
         unsound = bool(self.problems(tables, session_id))

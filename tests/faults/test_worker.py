@@ -3,6 +3,7 @@
 import asyncio
 import datetime as dt
 import signal
+import sqlite3
 
 import pytest
 
@@ -194,3 +195,105 @@ async def test_a_message_that_kills_the_worker_is_dead_after_its_attempts(tmp_pa
     async with peer(broker, ROOT) as client, working(tmp_path, broker, ROOT, attempts=2):
         (letter,) = await client.wait(lambda: client.on("/dead"))
         assert "tried 2 times" in letter["reason"]
+
+
+async def test_a_nearly_full_disk_is_waited_for_and_blamed_on_no_message(tmp_path, broker, monkeypatch):
+    monkeypatch.setattr("longstride.service.worker.backoff_s", lambda _failures: 0.01)
+    async with peer(broker, ROOT) as client, working(tmp_path, broker, ROOT, attempts=2) as worker:
+        await client.send(f"{ROOT}/sessions/s/feed", {"id": "0", "text": "Before. "})
+        await ask_and_hear(client, 0)
+        sessions, append, tries = worker.assistant.sessions, worker.assistant.sessions.append, []
+
+        def full(tables, *args):
+            tries.append(1)
+            if len(tries) < 8:  # what is small fits, what is large does not
+                raise sqlite3.OperationalError("database or disk is full")
+            return append(tables, *args)
+
+        monkeypatch.setattr(sessions, "append", full)
+        await client.send(f"{ROOT}/sessions/s/feed", {"id": "1", "text": "Large."})
+        await client.send(f"{ROOT}/sessions/s/feed", {"id": "2", "text": "Next."})
+        await until(lambda: "disk is full" in worker.problem)
+        await ask_and_hear(client, 1)
+        assert client.on("/dead") == []
+        session = await worker.assistant.session("s")
+        assert kept_text(worker, session) == "Before. \nLarge.\nNext.\n"
+
+
+async def test_told_to_stop_with_a_full_disk_it_stops(tmp_path, broker):
+    async with peer(broker, ROOT) as client, working(tmp_path, broker, ROOT, grace_s=0) as worker:
+        await client.send(f"{ROOT}/sessions/s/feed", {"id": "0", "text": "Before. "})
+        await client.send(f"{ROOT}/sessions/s/ask", {"id": "q", "question": "what?", "max_tokens": 200})
+        await until(lambda: worker._running and "ask" in {task.get_name() for task in worker._running.values()})
+        database = worker.jobs.database
+        (pages,) = database.read(lambda tables: tables.conn.execute("PRAGMA page_count").fetchone())
+        await database.awrite(lambda tables: tables.conn.execute(f"PRAGMA max_page_count={pages}").fetchone())
+
+
+async def test_a_message_that_kills_the_worker_takes_no_other_with_it(tmp_path, broker):
+    """Each life takes what it may, and dies while the guilty message is among it."""
+    async with opened(tmp_path) as assistant:
+        jobs = jobs_module.Jobs(assistant.database)
+        for name in "abcdef":
+            job = jobs_module.Job(f"{name}/feed/1", name, "feed", f"{ROOT}/sessions/{name}/feed", b"text")
+            jobs.database.write(lambda tables, job=job: jobs.receive(tables, job))
+        for _ in range(30):
+            busy: set[str] = set()
+            while True:
+                # as the worker's dispatch does
+                taken = jobs.database.write(
+                    lambda t, busy=busy: [] if busy and jobs.suspects(t) else jobs.take(t, busy)
+                )
+                if not taken:
+                    break
+                busy.add(taken[0].session)
+                if taken[0].session == "c" and taken[0].attempts <= 5:
+                    continue
+                if len(busy) == 1:  # alone, an innocent one ends
+                    end = jobs.bury if taken[0].attempts > 5 else jobs.finish
+                    reason = ("guilty",) if end == jobs.bury else ()
+                    jobs.database.write(lambda t, job=taken[0], end=end, r=reason: end(t, job.seq, *r, []))
+                    busy.clear()
+            jobs.database.write(jobs.recover)
+        states = jobs.database.read(lambda t: dict(t.conn.execute("select session, state from jobs").fetchall()))
+        assert states == {**dict.fromkeys("abdef", "done"), "c": "dead"}
+
+
+async def test_a_session_that_another_process_fed_is_opened_again(tmp_path, broker, monkeypatch):
+    monkeypatch.setattr("longstride.service.worker.backoff_s", lambda _failures: 0.01)
+    async with peer(broker, ROOT) as client, working(tmp_path, broker, ROOT) as worker:
+        await client.send(f"{ROOT}/sessions/s/feed", {"id": "0", "text": "Mine."})
+        await ask_and_hear(client, 0)
+        async with opened(tmp_path) as other:
+            await (await other.session("s")).feed("Theirs.\n")
+        answer = await ask_and_hear(client, 1)
+        assert "error" not in answer
+        session = await worker.assistant.session("s")
+        assert kept_text(worker, session) == "Mine.\nTheirs.\n"
+
+
+async def test_removing_a_session_does_not_remove_replies_that_are_not_out(tmp_path, broker):
+    async with working(tmp_path, broker, ROOT) as worker:
+        async with peer(broker, ROOT) as client:
+            await client.send(f"{ROOT}/sessions/s/feed", {"id": "0", "text": "Text."})
+            await client.send(f"{ROOT}/sessions/s/ask", {"id": "q", "question": "what?"})
+            await client.send(f"{ROOT}/sessions/s/close", {"id": "c", "remove": True})
+            await until(lambda: worker.jobs.depth()[0] > 1)
+            broker.stop()
+        await until(lambda: worker.jobs.depth() == (0, 0))
+        broker.start()
+        async with peer(broker, ROOT) as client:
+            (answer,) = await client.wait(lambda: client.on("/answers"))
+            assert answer["id"] == "q"
+
+
+async def test_a_session_at_work_is_not_closed_for_others(tmp_path, broker):
+    limits = {"sessions_open": 1, "sessions_at_once": 4}
+    async with peer(broker, ROOT) as client, working(tmp_path, broker, ROOT, **limits) as worker:
+        for name in "abcd":
+            await client.send(f"{ROOT}/sessions/{name}/feed", {"id": "f", "text": TEXT, "notes_every": 300})
+            await client.send(f"{ROOT}/sessions/{name}/ask", {"id": name, "question": "what?"})
+        await client.wait(lambda: len(client.on("/answers")) == 4)
+        attempts = worker.jobs.database.read(lambda t: t.conn.execute("select max(attempts) from jobs").fetchone())
+        assert attempts == (1,)
+        assert len(worker.assistant._open) <= 2

@@ -125,7 +125,7 @@ async def _run(folder, plan, rng) -> None:
                 if "reason" in data or "error" in data:
                     assert not any(secret in reply.payload.decode() for secret in SECRETS.values())
             said = "\n".join(seen.lines)
-            assert "done" in said
+            assert "started" in said
             assert not any(secret in said for secret in SECRETS.values())
     finally:
         ModelRunner.forward = original

@@ -94,6 +94,8 @@ def test_what_is_done_is_emptied_and_later_forgotten_but_not_before_its_reply_is
     jobs.database.write(lambda tables: jobs.published(tables, [id_]))
     assert jobs.outgoing(9) == []
     assert jobs.database.write(lambda tables: jobs.forget(tables, "2000-01-01T00:00:00+00:00")) == 0
+    assert jobs.database.write(lambda tables: jobs.forget(tables, later)) == 0  # the broker may send the last one again
+    receive(jobs, "s", 2)
     assert jobs.database.write(lambda tables: jobs.forget(tables, later)) == 1
     assert jobs.database.read(lambda t: t.conn.execute("select count(*) from outbox").fetchone()) == (0,)
 
