@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import Row, plot, report, shipped_text
 from longstride.engine.model import Model, load_model
@@ -72,7 +73,7 @@ class Exchange:
                 await self.client.send(f"{base}/ask", {"id": id_, **question})
             await asyncio.sleep(pace_s)
 
-    async def answers(self) -> list[dict[str, object]]:
+    async def answers(self) -> list[dict[str, Any]]:
         """All answers, when they are there."""
         await self.client.wait(lambda: len(self.client.on("/answers")) >= len(self.asked), 3600)
         return self.client.on("/answers")
@@ -108,7 +109,7 @@ async def one_run(
         worker.stop()
         await working
         read = sum(stored.tokens for stored in assistant.sessions.all())
-        generated = sum(answer["usage"]["generated"] for answer in answers)  # type: ignore[index]
+        generated = sum(answer["usage"]["generated"] for answer in answers)
     return (read + generated) / elapsed, exchange
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -95,7 +95,24 @@ class TomlPart(TomlConfigSettingsSource):
         return {name: value for name, value in data.items() if name not in TABLES}
 
 
-class Settings(SessionSettings, BaseSettings):
+class Layers(BaseSettings):
+    """Flags over the environment over `longstride.toml`: all that stands outside of tables there, or one `TABLE`."""
+
+    TABLE: ClassVar[str | None] = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base class's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlPart(settings_cls, cls.TABLE)
+
+
+class Settings(SessionSettings, Layers):
     """All settings; those of `SessionSettings` are the defaults of new sessions."""
 
     model_config = SettingsConfigDict(
@@ -118,17 +135,6 @@ class Settings(SessionSettings, BaseSettings):
     )
     pieces_limit_bytes: int = Field(512 << 20, ge=0, description="bytes of passage KV kept in memory at most")
     cache: Path | None = Field(None, description="where converted models are kept (read from the environment)")
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base class's signature
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlPart(settings_cls)
 
     def for_sessions(self) -> SessionSettings:
         """The part that a new session takes over."""

@@ -2,13 +2,14 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import aiomqtt
 import paho.mqtt.properties as paho_properties
+from paho.mqtt.exception import MalformedPacket
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -33,9 +34,14 @@ class Refused(LongstrideError):
     """The broker does not take this message (its access rules, its limits); the connection is in order."""
 
 
+_properties: Callable[[int], Properties] = Properties  # paho's own has no types
+
+
 def _text(buffer: bytes, most: int) -> tuple[str, int]:
-    raw, size = paho_properties.readBytes(buffer, most)  # type: ignore[no-untyped-call]
-    return bytes(raw).decode(), size
+    size = 2 + int.from_bytes(buffer[:2], "big")
+    if len(buffer) < 2 or size > most:
+        raise MalformedPacket("a text is longer than its packet")
+    return bytes(buffer[2:size]).decode(), size
 
 
 # paho breaks the connection over U+FEFF in a property, which MQTT 5 allows (1.5.4) and brokers pass on: one such
@@ -74,7 +80,7 @@ class Link:
         self.topics = Topics(settings.topics)
         self._status = self.topics.status(settings.name)
         host, port, tls = settings.address
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties = _properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = settings.away_s
         properties.ReceiveMaximum = 1  # the broker holds what was not acknowledged, so one is enough
         self._client = aiomqtt.Client(
@@ -158,7 +164,7 @@ class Link:
 
     async def publish(self, topic: str, payload: bytes, correlation: bytes | None = None, *, sure: bool = True) -> None:
         """Publish; with `sure`, until the broker has it. Raises `Refused`."""
-        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties = _properties(PacketTypes.PUBLISH)
         properties.ContentType = "application/json"
         if correlation is not None:
             properties.CorrelationData = correlation

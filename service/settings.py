@@ -5,20 +5,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from longstride.errors import BadInput
-from longstride.scheduler.settings import TomlPart, load
+from longstride.scheduler.settings import Layers, load
 
 SCHEMES = {"mqtt": 1883, "mqtts": 8883}  # and their usual ports
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(Layers):
     """Where messages come from, and the limits. What belongs to sessions and the model is in `Settings`."""
 
     model_config = SettingsConfigDict(
         env_prefix="LONGSTRIDE_WORKER_", toml_file="longstride.toml", extra="forbid", validate_default=True
     )
+
+    TABLE = "worker"
 
     broker: str = Field("mqtt://localhost:1883", description="mqtt://HOST:PORT, or mqtts:// for TLS")
     name: str = Field(
@@ -45,17 +47,6 @@ class WorkerSettings(BaseSettings):
     health_file: Path | None = Field(None, description="a file that is written every few seconds")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics")
     metrics_host: str = Field("127.0.0.1", description="address of the Prometheus metrics")
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base class's signature
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlPart(settings_cls, "worker")
 
     @property
     def address(self) -> tuple[str, int, bool]:

@@ -16,6 +16,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 T = TypeVar("T")
+new_properties: Callable[[int], Properties] = Properties  # paho's own has no types
 PROGRAM = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin")
 
 
@@ -73,7 +74,7 @@ class Peer:
         self, topic: str, payload: Any, *, reply: str | None = None, correlation: bytes | None = None
     ) -> None:
         """Publish, as JSON if it is not bytes or text, until the broker has it."""
-        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties = new_properties(PacketTypes.PUBLISH)
         if reply is not None:
             properties.ResponseTopic = reply
         if correlation is not None:

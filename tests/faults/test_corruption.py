@@ -241,8 +241,9 @@ async def test_a_log_that_is_missing_or_damaged_over_a_file_that_has_taken_in_a_
 async def test_a_changed_byte_below_a_log(sound, tmp_path):
     rng = random.Random(60)
     offsets = [at for at in sound.used(of_blocks=False) if at < len(sound.main)]
-    copies = flipped(rng, sound.main, rng.sample(offsets, 20))
-    await outcomes(sound, tmp_path / "t.db", ((what, main, sound.wal) for what, main in copies), "ahab")
+    copies = list(flipped(rng, sound.main, rng.sample(offsets, 20)))
+    seen = await outcomes(sound, tmp_path / "t.db", ((what, main, sound.wal) for what, main in copies), "ahab")
+    assert sum(seen.values()) == len(copies)  # each refused or answered rightly, of which `outcomes` makes sure
 
 
 def altered(value):

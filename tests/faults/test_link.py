@@ -59,8 +59,10 @@ async def test_a_response_topic_that_no_broker_takes_is_refused_at_once(tmp_path
         ):
             await asked(client, str(number), reply=topic)
             await client.wait(lambda n=number: len(client.on("/dead")) == n + 1)
+        assert all("response topic" in letter["reason"] for letter in client.on("/dead"))
         await asked(client)
-        await client.wait(lambda: [a for a in client.on("/answers") if a["id"] == "q"])
+        (answer,) = await client.wait(lambda: [a for a in client.on("/answers") if a["id"] == "q"])
+        assert "error" not in answer
 
 
 async def test_a_reply_that_breaks_the_connection_is_set_aside_and_the_others_go_out(tmp_path, monkeypatch):
@@ -136,5 +138,6 @@ async def test_told_to_stop_it_stops_also_where_the_broker_hangs(tmp_path, broke
         try:
             worker.stop()
             await until(lambda: worker._link is None, 40)
+            assert not worker.connected.is_set()
         finally:
             os.kill(broker._process.pid, signal.SIGCONT)

@@ -234,6 +234,10 @@ async def test_told_to_stop_with_a_full_disk_it_stops(tmp_path, broker):
         database = worker.jobs.database
         (pages,) = database.read(lambda tables: tables.conn.execute("PRAGMA page_count").fetchone())
         await database.awrite(lambda tables: tables.conn.execute(f"PRAGMA max_page_count={pages}").fetchone())
+    async with peer(broker, ROOT) as client, working(tmp_path, broker, ROOT) as worker:  # with room on the disk
+        (answer,) = await client.wait(lambda: client.on("/answers"))
+        assert answer["id"] == "q"
+        assert answer["usage"]["generated"]
 
 
 async def test_a_message_that_kills_the_worker_takes_no_other_with_it(tmp_path, broker):
