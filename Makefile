@@ -29,7 +29,7 @@ test: $(VENV)/installed-test
 define LINKS
 rm -rf .links && mkdir -p .links/longstride
 for f in longstride/*; do ln -s ../../$$f .links/longstride/; done
-for d in engine scheduler storage service cli; do ln -s ../../$$d .links/longstride/$$d; done
+for d in engine scheduler storage service tuning cli; do ln -s ../../$$d .links/longstride/$$d; done
 endef
 
 check: $(VENV)/installed-test

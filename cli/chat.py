@@ -229,6 +229,7 @@ def run(
     device: c.Device = None,
     dtype: c.Dtype = None,
     placement: c.Placement = None,
+    adapter: c.Adapter = None,
     collection: c.Collections = None,
     window: c.Window = None,
     context_tokens: c.ContextTokens = None,
@@ -237,7 +238,13 @@ def run(
 
     async def work() -> None:
         async with c.Opened(db=db, model=model, device=device, dtype=dtype) as assistant:
-            changes = c.given(placement=placement, collections=collection, window=window, context_tokens=context_tokens)
+            changes = c.given(
+                placement=placement,
+                adapter=adapter,
+                collections=collection,
+                window=window,
+                context_tokens=context_tokens,
+            )
             if not await assistant.has_session(session):
                 changes.setdefault("window", "sinks")  # a conversation must not end because the context is full
             opened = await assistant.session(session, **changes)

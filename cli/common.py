@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -33,6 +33,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SessionName = Annotated[str, typer.Option("--session", "-s", help="The session's name.")]
 Placement = Annotated[
     str | None, typer.Option("--placement", help="Where passages stand: beside, end or turn.", show_default="beside")
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", help="A folder with a LoRA adapter, none, or auto.", show_default="auto"),
 ]
 Window = Annotated[
     str | None, typer.Option("--window", help="When the context is full: refuse or sinks.", show_default="refuse")
@@ -97,6 +101,18 @@ class Loading:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def loaded(load: Callable[..., T], model: str | None, device: str | None, dtype: str | None) -> T:
+    """What `load` (of engine/model.py) gives for these options, over the settings; with the bar for a conversion."""
+    from longstride.scheduler.settings import load_settings
+
+    settings = load_settings(**given(model=model, device=device, dtype=dtype))
+    bar = Loading()
+    try:
+        return load(settings.model, device=settings.device, dtype=settings.dtype, progress=bar)
+    finally:
+        bar.close()
 
 
 class Opened:

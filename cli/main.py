@@ -38,13 +38,29 @@ def root(
 
 def _register() -> None:
     """Commands live one file each; importing them adds them to the app."""
-    from longstride.cli import ask, chat, demo, docs, doctor, read, sessions, summarize, worker
+    from longstride.cli import (
+        ask,
+        chat,
+        demo,
+        docs,
+        doctor,
+        evaluate,
+        perplexity,
+        read,
+        sessions,
+        summarize,
+        tune,
+        worker,
+    )
 
     for module in (demo, chat, read, ask, summarize):
         app.command(name=module.__name__.rpartition(".")[2])(module.run)
     app.add_typer(docs.app, name="docs")
     app.add_typer(sessions.app, name="sessions")
     app.add_typer(worker.app, name="worker")
+    evaluate.app.command(name="perplexity")(perplexity.run)
+    app.add_typer(evaluate.app, name="eval")
+    app.add_typer(tune.app, name="tune")
     app.command(name="doctor")(doctor.run)
 
 

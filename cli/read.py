@@ -90,6 +90,7 @@ def run(
     device: c.Device = None,
     dtype: c.Dtype = None,
     placement: c.Placement = None,
+    adapter: c.Adapter = None,
     collection: c.Collections = None,
     window: c.Window = None,
     context_tokens: c.ContextTokens = None,
@@ -102,7 +103,9 @@ def run(
     if notes_every is not None and notes_every < 1:
         raise BadInput(f"--notes-every must be 1 or more, not {notes_every}")
     sources = list(texts(files))
-    changes = c.given(placement=placement, collections=collection, window=window, context_tokens=context_tokens)
+    changes = c.given(
+        placement=placement, adapter=adapter, collections=collection, window=window, context_tokens=context_tokens
+    )
 
     async def work() -> None:
         async with c.Opened(db=db, model=model, device=device, dtype=dtype) as assistant:

@@ -75,6 +75,7 @@ def run(
     device: c.Device = None,
     dtype: c.Dtype = None,
     placement: c.Placement = None,
+    adapter: c.Adapter = None,
     window: Annotated[
         str | None, typer.Option("--window", help="When the context is full: sinks or refuse.", show_default="sinks")
     ] = None,
@@ -97,7 +98,7 @@ def run(
     )  # fmt: skip
     settings.secret()  # a password file that cannot be read is refused before the model is loaded
     log_json(log_level)
-    session = c.given(placement=placement, context_tokens=context_tokens)
+    session = c.given(placement=placement, adapter=adapter, context_tokens=context_tokens)
 
     async def work() -> None:
         import asyncio

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from longstride.engine.adapter import Adapter
 from longstride.engine.cache import KVCache, LayerShape
 from longstride.errors import ModelError
 
@@ -32,7 +33,8 @@ class Slice:
     `row`: where their KV goes. `visible`: which earlier rows they see, as ascending ranges; None means all of
     `0 .. row-1`. `mask`: bool [n, n], who sees whom among themselves; None means causal. `logits`: for how many
     of the last tokens logits are wanted. `drafted`: how many of the last tokens may be wrong; their rows are written,
-    and not valid until they are kept. Slices of one cache may share a forward if they are in row order.
+    and not valid until they are kept. `adapter`: what acts on these rows besides the model. Slices of one cache may
+    share a forward if they are in row order.
     """
 
     cache: KVCache
@@ -43,6 +45,7 @@ class Slice:
     mask: torch.Tensor | None = None
     logits: int = 0
     drafted: int = 0
+    adapter: Adapter | None = None
     _bias: torch.Tensor | None = field(default=None, repr=False)
 
     @property

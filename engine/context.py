@@ -4,7 +4,8 @@ Rows (the order in the cache): text up to the boundary, the segment, the rest of
 before the boundary never saw a retrieved passage, so a rewrite truncates there and nothing else is ever invalid.
 The three placements differ only in where the boundary lies, and in positions and visibility (docs/methods.md):
 
-- `end` (FlashBack, arXiv 2405.04065): boundary at the end of the text; positions follow rows; plain causal.
+- `end` (FlashBack, arXiv 2405.04065): boundary `refresh` tokens before the end of the text (0 in the paper);
+  positions follow rows; plain causal.
 - `turn`: boundary where the current turn began; positions follow rows; plain causal.
 - `beside`: boundary `refresh` tokens before the end; passages stand at positions right after the sink, a range
   reserved when the context starts, and see the sink and themselves only; the text follows that range.
@@ -66,8 +67,9 @@ class Context:
     def __init__(
         self, prompt: Sequence[int], *, placement: Placement, limit: int, reserved: int, refresh: int = 16
     ) -> None:
-        if reserved < 0 or refresh < 1:
-            raise BadInput(f"reserved must be 0 or more and refresh 1 or more, not {reserved} and {refresh}")
+        least = 1 if placement is Placement.BESIDE else 0  # beside, the last token must come to see the passages
+        if reserved < 0 or refresh < least:
+            raise BadInput(f"reserved must be 0 or more and refresh {least} or more, not {reserved} and {refresh}")
         self.placement = placement
         self.limit = limit
         self.reserved = reserved
@@ -150,12 +152,10 @@ class Context:
         if size > self.reserved:
             raise BadInput(f"a segment of {size} tokens passes the {self.reserved} reserved for it")
         plain = self.plain_rows
-        if self.placement is Placement.BESIDE:
-            boundary = max(self.sink, len(self.text) - self.refresh)
-        elif self.placement is Placement.TURN and self.turn is not None:
-            boundary = self.turn
+        if self.placement is Placement.TURN:
+            boundary = len(self.text) if self.turn is None else self.turn
         else:
-            boundary = len(self.text)
+            boundary = max(self.sink, len(self.text) - self.refresh)
         self.segment = new
         self.boundary = boundary
         return min(plain, boundary) if new else plain

@@ -8,18 +8,22 @@ them. Every replaced layer is first compared with the original on random input; 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
+from longstride.engine.adapter import Adapter
 from longstride.engine.attention import attend
 from longstride.engine.cache import LayerShape
+from longstride.errors import ModelError
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+Span = tuple[int, int, Adapter]  # rows of a forward, from .. to, and what acts on them
 PACK_ROWS = 32  # a hint to oneDNN: the rows of input to lay the weight out for
 PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
@@ -28,21 +32,65 @@ PARTS = {
 }
 
 
-def fuse(model: Any) -> None:
+class Adapted:
+    """Which rows of the forward under way have an adapter; shared by a model's products, set by its runner."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.spans: Sequence[Span] = ()
+
+    def add(self, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Add the adapters' parts of the product `name` of `x` [..., in] to `out` [..., out]."""
+        x, out = x.flatten(0, -2), out.view(-1, out.shape[-1])
+        for start, stop, adapter in self.spans:
+            factors = adapter.factors.get(name)
+            if factors is not None:
+                if len(x) != self.rows:
+                    raise ModelError(
+                        f"adapter {adapter.name}: {name} sees a part of the rows only, as experts do; "
+                        "use an adapter that leaves it alone"
+                    )
+                out[start:stop].addmm_(x[start:stop] @ factors[0], factors[1])
+
+
+class Product:
+    """The product with the weights of one or several layers joined, one layer's outputs behind the other's, and on top
+    the low-rank products of adapters on their rows. `sizes`: the layers' outputs by path; `name`: the first path.
+    """
+
+    def __init__(self, layers: dict[str, Any], adapted: Adapted) -> None:
+        weights = [_weight(layer) for layer in layers.values()]
+        self.name = next(iter(layers))
+        self.inputs: int = weights[0].shape[1]
+        self.sizes = {path: weight.shape[0] for path, weight in zip(layers, weights, strict=True)}
+        self.run = _linear(weights, [layer.bias for layer in layers.values()])
+        self.adapted = adapted
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.run(x)
+        if self.adapted.spans:
+            self.adapted.add(self.name, x, out)
+        return out
+
+
+def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
     """Make `model` (in evaluation, without adapters attached, its attention set to ours) cheaper in place.
 
-    What it computes stays the same up to rounding. Unusual layers are left as they are.
+    What it computes stays the same up to rounding. Unusual layers are left as they are. Returns the products that
+    adapters can act on, by the paths of the layers they stand for.
     """
     signed = _Signed()
+    products: dict[str, Product] = {}
 
-    def replace(layers: nn.ModuleList, at: int) -> None:
-        block = Block(layers[at], signed)
+    def replace(path: str, layers: nn.ModuleList, at: int) -> None:
+        block = Block(layers[at], signed, f"{path}.{at}", adapted)
         if _agree(layers[at], block, model.dtype, model.device):
             layers[at] = block
+            products.update({part: product for product in block.products for part in product.sizes})
 
     found = [
-        (layers, at)
-        for layers in model.modules()
+        (path, layers, at)
+        for path, layers in model.named_modules()
         if isinstance(layers, nn.ModuleList)
         for at, layer in enumerate(layers)
         if _has_known_parts(layer)
@@ -50,26 +98,36 @@ def fuse(model: Any) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # packing uses one core a weight
         for _ in pool.map(replace, *zip(*found, strict=True)) if found else ():
             pass
-    for module in list(model.modules()):
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and _packs(child.weight):
-                setattr(module, name, _PackedLinear(child))
+            if type(child) in (nn.Linear, Conv1D):
+                product = Product({f"{path}.{name}" if path else name: child}, adapted)
+                setattr(module, name, _Layer(product))
+                if child is not head:  # it sees the rows whose logits are wanted only
+                    products[product.name] = product
+    return products
 
 
 class Block(nn.Module):
     """One layer: hidden [1, T, h] -> [1, T, h], as transformers' decoder layers are called."""
 
-    def __init__(self, layer: Any, signed: "_Signed") -> None:
+    def __init__(self, layer: Any, signed: "_Signed", path: str, adapted: Adapted) -> None:
         super().__init__()
         self.signed = signed
         attention, mlp = layer.self_attn, layer.mlp
+
+        def product(*names: str) -> Product:
+            return Product({f"{path}.{name}": layer.get_submodule(name) for name in names}, adapted)
+
         self.index: int = attention.layer_idx
         self.head_size: int = attention.head_dim
         self.scaling: float = attention.scaling
-        self.qkv = _linear([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = _linear([attention.o_proj])
-        self.gate_up = _linear([mlp.gate_proj, mlp.up_proj])
-        self.down = _linear([mlp.down_proj])
+        self.qkv = product("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.out = product("self_attn.o_proj")
+        self.gate_up = product("mlp.gate_proj", "mlp.up_proj")
+        self.down = product("mlp.down_proj")
+        self.products = (self.qkv, self.out, self.gate_up, self.down)
         self.heads: int = attention.q_proj.out_features // self.head_size
         self.kv_heads: int = attention.k_proj.out_features // self.head_size
         self.activation: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn.forward
@@ -163,15 +221,22 @@ def _largest(weight: torch.Tensor) -> float:
     return max(-float(low), float(high))
 
 
-def _linear(parts: list[nn.Linear]) -> Linear:
+def _weight(layer: Any) -> torch.Tensor:
+    """A layer's weight [out, in]; GPT-2's kind keeps it the other way round."""
+    weight: torch.Tensor = layer.weight.detach()
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def _linear(weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> Linear:
     """The product with several layers' weights joined, one layer's outputs behind the other's."""
-    weight = torch.cat([part.weight.detach() for part in parts])
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     bias = None
-    if any(part.bias is not None for part in parts):
-        zeros = [weight.new_zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts]
-        bias = torch.cat(zeros)
+    if any(part is not None for part in biases):
+        pairs = zip(weights, biases, strict=True)
+        bias = torch.cat([own.new_zeros(len(own)) if part is None else part.detach() for own, part in pairs])
     if not _packs(weight):
         return lambda x: functional.linear(x, weight, bias)
+    weight = weight.contiguous()
     if "fbgemm" in torch.backends.quantized.supported_engines and fits_half(weight):
         # fp16 weights, fp32 inputs and sums: half the bytes to stream for a decode step
         half = torch.ops.quantized.linear_prepack_fp16(weight, bias)
@@ -182,16 +247,16 @@ def _linear(parts: list[nn.Linear]) -> Linear:
     return lambda x: product(x, packed, bias, "none", [], "")
 
 
-class _PackedLinear(nn.Module):
+class _Layer(nn.Module):
     """Stands for a linear layer outside the blocks (the language-model head, layers of other families)."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, product: Product) -> None:
         super().__init__()
-        self.run = _linear([layer])
+        self.product = product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The same product."""
-        return self.run(x)
+        return self.product(x)
 
 
 def _norm(layer: Any) -> Linear:

@@ -1,8 +1,8 @@
 """Identity of stored KV: rows are named by all that decided their values, never by a display name.
 
-A chain id covers the model's fingerprint, everything before (the parent's id), the token ids and their positions.
-Rows under one id were computed seeing exactly the parent chain and, causally, themselves. Stream blocks chain on
-one another; a passage beside the text chains on the sink.
+A chain id covers the model's fingerprint (with that of the adapter that acted on the rows), everything before (the
+parent's id), the token ids and their positions. Rows under one id were computed seeing exactly the parent chain and,
+causally, themselves. Stream blocks chain on one another; a passage beside the text chains on the sink.
 """
 
 import hashlib
@@ -24,6 +24,11 @@ def chain_id(fingerprint: str, parent: bytes, ids: Sequence[int], positions: Seq
     ):
         digest.update(len(tag).to_bytes(1, "little") + tag + len(value).to_bytes(8, "little") + value)
     return digest.digest()
+
+
+def adapted(fingerprint: str, adapter: str) -> str:
+    """The fingerprint of a model with an adapter of that fingerprint; the model's own where there is none."""
+    return hashlib.sha256(f"{fingerprint}\0{adapter}".encode()).hexdigest() if adapter else fingerprint
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:

@@ -83,6 +83,32 @@ def load_model(
 
 
 def _load(name: str, device: str, dtype: str, progress: Progress) -> Model:
+    plain = load_plain(name, device=device, dtype=dtype, progress=progress)
+    runner = ModelRunner(plain.model)
+    return Model(name, runner, plain.tokenizer, _fingerprint(plain, runner), plain.vocabulary)
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """transformers' own model, as it is trained; `content` names its weights, `vocabulary` what a token id means."""
+
+    name: str
+    model: Any
+    tokenizer: HFTokenizer
+    content: str
+    vocabulary: str
+
+    @property
+    def spare(self) -> list[int]:
+        """Token ids with an embedding that neither text nor a conversation uses, ascending: room for marks."""
+        rows, known = self.model.get_input_embeddings().weight.shape[0], self.tokenizer.size
+        return [*self.tokenizer.spare, *range(known, rows)]
+
+
+def load_plain(
+    name: str = EMBEDDED, *, device: str = "auto", dtype: str = "auto", progress: Progress = silent
+) -> PlainModel:
+    """Load `name` as transformers has it. Raises `ModelError` as `load_model` does."""
     from transformers.utils import logging as transformers_logging
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -100,11 +126,10 @@ def _load(name: str, device: str, dtype: str, progress: Progress) -> Model:
         model, tokenizer = _load_folder(name, kind)
         commit = getattr(model.config, "_commit_hash", None)
         content = f"hub:{name}@{commit}"
-    runner = ModelRunner(model.to(where))
     ends = getattr(model.generation_config, "eos_token_id", None)
     wrapped = HFTokenizer(tokenizer, [ends] if isinstance(ends, int) else ends or [])
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    return Model(name, runner, wrapped, _fingerprint(content, vocabulary, runner), vocabulary)
+    return PlainModel(name, model.to(where), wrapped, content, vocabulary)
 
 
 def _load_local(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -155,15 +180,15 @@ def _content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(content: str, vocabulary: str, runner: ModelRunner) -> str:
+def _fingerprint(plain: PlainModel, runner: ModelRunner) -> str:
     """Content of the weights and tokenizer, positions' settings, cache layout and major library versions."""
     config = runner.model.config
     majors = {name: version.split(".")[0] for name, version in package_versions("torch", "transformers").items()}
     parts = {
-        "content": content,
+        "content": plain.content,
         "type": config.model_type,
         "rope": getattr(config, "rope_parameters", None),
-        "vocabulary": vocabulary,
+        "vocabulary": plain.vocabulary,
         "layout": runner.layout.describe(),
         "device": runner.device.type,
         "versions": majors,

@@ -10,7 +10,7 @@ import torch
 from longstride.engine.attention import IMPLEMENTATION, Slice
 from longstride.engine.cache import CacheLayout, LayerShape
 from longstride.engine.costs import StepCosts
-from longstride.engine.fuse import fuse
+from longstride.engine.fuse import Adapted, Span, fuse
 from longstride.errors import ModelError
 
 
@@ -35,8 +35,9 @@ class ModelRunner:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.vocab_size: int = model.config.vocab_size
         self.max_positions: int = model.config.max_position_embeddings
+        self.adapted = Adapted()
         self.layout = self._probe()
-        fuse(model)
+        self.products = fuse(model, self.adapted)
         self.costs = StepCosts()
         self.forwards = 0
         self.tokens = 0
@@ -57,8 +58,9 @@ class ModelRunner:
     @torch.inference_mode()
     def _call(self, ids: Sequence[int], positions: Sequence[int], keep: torch.Tensor, **extra: object) -> torch.Tensor:
         """Logits [rows kept, vocabulary] of one row of tokens."""
+        tokens = torch.tensor([ids], device=self.device)
         out = self.model(
-            input_ids=torch.tensor([ids], device=self.device),
+            **self._embedded(ids, tokens),
             position_ids=torch.tensor([positions], device=self.device),
             use_cache=False,
             logits_to_keep=keep.to(self.device),
@@ -66,6 +68,16 @@ class ModelRunner:
         )
         logits: torch.Tensor = out.logits[0]
         return logits
+
+    def _embedded(self, ids: Sequence[int], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's input: token ids, or their embeddings where an adapter has some of its own."""
+        spans = [span for span in self.adapted.spans if span[2].tokens]
+        if not spans:
+            return {"input_ids": tokens}
+        embeddings = self.model.get_input_embeddings()(tokens)
+        for start, stop, adapter in spans:
+            adapter.embed(ids[start:stop], embeddings[0, start:stop])
+        return {"inputs_embeds": embeddings}
 
     def forward(self, slices: Sequence[Slice]) -> list[torch.Tensor]:
         """Compute the slices together; returns for each its `logits` last rows [logits, vocabulary].
@@ -75,6 +87,7 @@ class ModelRunner:
         ids: list[int] = []
         positions: list[int] = []
         keep: list[int] = []
+        spans: list[Span] = []
         for piece in slices:
             if len(piece.positions) != len(piece.ids) or not piece.ids:
                 raise ValueError(f"a slice has {len(piece.ids)} ids and {len(piece.positions)} positions")
@@ -82,9 +95,18 @@ class ModelRunner:
             ids += piece.ids
             positions += piece.positions
             keep += range(len(ids) - piece.logits, len(ids))
+            if piece.adapter is not None:
+                start = len(ids) - len(piece.ids)
+                if spans and spans[-1][1:] == (start, piece.adapter):
+                    start = spans.pop()[0]
+                spans.append((start, len(ids), piece.adapter))
         with self._lock:  # several device loops may share a model
             started = time.perf_counter()
-            logits = self._call(ids, positions, torch.tensor(keep, dtype=torch.long), plan=slices)
+            self.adapted.rows, self.adapted.spans = len(ids), spans
+            try:
+                logits = self._call(ids, positions, torch.tensor(keep, dtype=torch.long), plan=slices)
+            finally:
+                self.adapted.spans = ()
             if logits.is_cuda and len(ids) <= self.costs.MOST_ROWS:
                 torch.cuda.current_stream().synchronize()  # a token is about to be chosen from it anyway
             self.costs.observe(slices, time.perf_counter() - started)

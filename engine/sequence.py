@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from longstride.engine.adapter import Adapter
 from longstride.engine.attention import Slice
 from longstride.engine.cache import KVCache
 from longstride.engine.context import Context, Part
@@ -18,34 +19,48 @@ from longstride.engine.runner import ModelRunner
 
 
 class PieceStore(Protocol):
-    """Rows of passages encoded before. `get` returns what `KVCache.read_rows` gave, or None."""
+    """Rows of passages encoded before, by the fingerprint of the adapter that acted on them ("": none)."""
 
-    def get(self, sink: Ids[int], piece: Ids[int], position: int) -> torch.Tensor | None:
-        """Rows of `piece` standing at `position` and seeing `sink` and itself only."""
+    def get(self, sink: Ids[int], piece: Ids[int], position: int, adapter: str) -> torch.Tensor | None:
+        """Rows of `piece` standing at `position` and seeing `sink` and itself only, as `KVCache.read_rows` gave them,
+        or None."""
 
-    def put(self, sink: Ids[int], piece: Ids[int], position: int, rows: torch.Tensor) -> None:
+    def put(self, sink: Ids[int], piece: Ids[int], position: int, rows: torch.Tensor, adapter: str) -> None:
         """Keep such rows."""
 
 
 class Sequence:
     """One sequence of token ids with its KV. Not thread-safe; `run` and `take` belong on the device thread.
 
+    `adapter` acts on all rows, or on those from the boundary on while there is a segment (`Adapter.everywhere`).
     `draft`: nodes to be verified in the forward that computes the last row due. `company`: how many other texts got a
     token of the last forward, and how many rows of others were in it (kept by whoever batches). Counters since the
     start: `computed` rows that were due and went through the model, `copied` rows taken from the store.
     """
 
     def __init__(
-        self, runner: ModelRunner, context: Context, *, max_rows: int, store: PieceStore | None = None
+        self,
+        runner: ModelRunner,
+        context: Context,
+        *,
+        max_rows: int,
+        store: PieceStore | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.context = context
         self.cache = KVCache(runner.layout, max_rows)
         self.store = store
+        self.adapter = adapter
         self.computed = 0
         self.copied = 0
         self.draft: Ids[Node] = ()
         self.company = (0, 0)
         self._known = 0  # rows valid once the slices handed out are computed
+
+    @property
+    def piece_adapter(self) -> str:
+        """Fingerprint of the adapter that passages' rows are computed with."""
+        return "" if self.adapter is None else self.adapter.fingerprint
 
     @property
     def pending(self) -> int:
@@ -103,7 +118,11 @@ class Sequence:
 
     def _slice(self, part: Part) -> Slice:
         positions = range(part.position, part.position + len(part.ids))
-        return Slice(self.cache, part.ids, positions, part.row, part.visible)
+        adapter = self.adapter
+        # no part reaches over the boundary, and a draft stands on its own side of it
+        if adapter is not None and not adapter.everywhere and part.row < self.context.plain_rows:
+            adapter = None
+        return Slice(self.cache, part.ids, positions, part.row, part.visible, adapter=adapter)
 
     def _with_draft(self, last: Slice, nodes: Ids[Node]) -> Slice:
         """`last` with a draft's rows behind it: each sees all before the draft, its ancestors and itself."""
@@ -136,7 +155,7 @@ class Sequence:
         if self.store is None:
             return False
         context = self.context
-        rows = self.store.get(context.text[: context.sink], part.ids, part.position)
+        rows = self.store.get(context.text[: context.sink], part.ids, part.position, self.piece_adapter)
         if rows is None:
             return False
         self.cache.write_rows(part.row, rows)
@@ -161,7 +180,7 @@ class Sequence:
         for part in context.parts(first):
             if part.piece is not None and part.stop in ends:
                 rows = self.cache.read_rows(part.row, part.stop)
-                self.store.put(context.text[: context.sink], part.ids, part.position, rows)
+                self.store.put(context.text[: context.sink], part.ids, part.position, rows, self.piece_adapter)
 
     def run(self, runner: ModelRunner, budget: int = 512, logits: int = 1) -> torch.Tensor | None:
         """Compute everything due, alone and at once (tests, examples, benchmarks); last rows' logits or None."""

@@ -54,6 +54,19 @@ class HFTokenizer:
             id_ for id_, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
         )
 
+    @property
+    def size(self) -> int:
+        """Token ids it can give, counted from 0; an embedding may have more rows."""
+        return len(self._tokenizer)
+
+    @property
+    def spare(self) -> list[int]:
+        """Special ids that neither text nor a conversation uses, ascending: room for marks."""
+        kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+        used = {getattr(self._tokenizer, f"{kind}_token_id", None) for kind in kinds}
+        frame = self.frame("")
+        return sorted(self.special - used - self.eos - {*frame.prompt, *frame.answer, *frame.resume})
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; a document that spells `<|im_end|>` gets ordinary tokens, not the control token."""
         # the flag is state of the shared tokenizer, so no two threads may be in here

@@ -5,35 +5,31 @@ import logging
 import time
 from array import array
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from collections.abc import Sequence as Ids
-from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from sqlite_utils import Database as Tables
 
+from longstride.engine.adapter import Adapter
 from longstride.engine.context import Context, Placement
 from longstride.engine.draft import MOST_NODES
-from longstride.engine.identity import pack_ids
-from longstride.engine.pieces import SessionPieces
 from longstride.engine.sequence import Sequence
 from longstride.errors import BadInput, ContextFull, StorageError
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
 from longstride.scheduler.core import Also, Change, Core
+from longstride.scheduler.marks import Marks
 from longstride.scheduler.memory import StreamMemory
+from longstride.scheduler.pieces import StoredPieces
 from longstride.scheduler.settings import SessionSettings, changed, changed_for_answer
-from longstride.scheduler.snapshot import Snapshot, to_bytes
+from longstride.scheduler.snapshot import Snapshot
 from longstride.scheduler.turn import Turn
-from longstride.storage.blocks import Block
 from longstride.storage.sessions import StoredSession, StreamPassage
 
 T = TypeVar("T")
 log = logging.getLogger("longstride")
 NOTE = "Note the main points of the last part of the text in one or two sentences."
 RECALLED = 64  # earlier answers that drafts are taken from after a restart
-MARKS = ("\n[Retrieved passage]\n", "\n[End of the retrieved passage]\n")
 
 
 async def finished(work: Coroutine[Any, Any, T]) -> T:
@@ -52,19 +48,15 @@ def _told(also: Also[int], read: int, tables: Tables) -> None:
     also(tables, read)
 
 
-def _report(stored: "Future[int]") -> None:
-    error = stored.exception()
-    if error is not None:
-        log.warning("a passage's rows could not be stored and will be computed again: %s", error)
-
-
 class Session:
     """A stream being read, with its context, cache and index. Made by `Assistant.session`.
 
     One operation at a time; others wait for their turn. `resumed` says how it came back, None for a new session.
     """
 
-    def __init__(self, core: Core, stored: StoredSession, settings: SessionSettings) -> None:
+    def __init__(
+        self, core: Core, stored: StoredSession, settings: SessionSettings, adapter: Adapter | None = None
+    ) -> None:
         self.core = core
         self.name = stored.name
         self.id = stored.id
@@ -72,18 +64,25 @@ class Session:
         self.resumed: ResumeReport | None = None
         tokenizer = core.model.tokenizer
         self.frame = tokenizer.frame(settings.system)
-        self.marks: tuple[list[int], list[int]] = ([], [])
-        if settings.placement is not Placement.BESIDE:
-            self.marks = tokenizer.encode(MARKS[0]), tokenizer.encode(MARKS[1])
+        self.marks = Marks.of(tokenizer, settings.placement, adapter)
         limit = core.model.runner.max_positions
         if settings.context_tokens is not None:
             if settings.context_tokens > limit:
                 raise BadInput(f"context_tokens {settings.context_tokens} passes the model's {limit}")
             limit = settings.context_tokens
         segment = settings.passages * settings.passage_tokens
-        reserved = settings.passage_tokens
-        if settings.placement is not Placement.BESIDE:
-            reserved = segment + sum(map(len, self.marks))
+        reserved = self.passage_tokens = settings.passage_tokens
+        if settings.placement is Placement.BESIDE:
+            # what is reserved decides the stream's positions, so marks take their room from the passages: a session
+            # that changes its adapter keeps its rows
+            self.passage_tokens -= self.marks.size
+            if self.passage_tokens < 1:
+                raise BadInput(
+                    f"passage_tokens {reserved} leaves no room for passages between the adapter's marks of "
+                    f"{self.marks.size} tokens; raise it"
+                )
+        else:
+            reserved = segment + self.marks.size
         context = Context(
             self.frame.prompt,
             placement=settings.placement,
@@ -97,8 +96,9 @@ class Session:
                 f"passages of {settings.passage_tokens} tokens leave no room for text in a context of {limit}; "
                 "shorten them (passage_tokens, passages) or take a longer context (context_tokens)"
             )
-        store = SessionPieces(core.pieces, self.keep_piece)
-        self.sequence = Sequence(core.model.runner, context, max_rows=limit + segment, store=store)
+        self.pieces = StoredPieces(core, lambda: self.id)
+        rows = limit + segment
+        self.sequence = Sequence(core.model.runner, context, max_rows=rows, store=self.pieces, adapter=adapter)
         self.snapshot = Snapshot(core.model, core.blocks, core.device, self.sequence, core.block_tokens)
         self.stream = array("I")
         self.window_start = 0
@@ -370,14 +370,6 @@ class Session:
         if answer is None:
             raise RuntimeError("a note ended without its last piece")
         return answer
-
-    def keep_piece(self, key: bytes, piece: Ids[int], position: int, rows: torch.Tensor) -> None:
-        """Store a freshly encoded passage's rows, so that no later process encodes it again (on the device thread)."""
-        core = self.core
-        packed = pack_ids(piece), pack_ids(range(position, position + len(piece)))
-        block = Block(key, core.model.fingerprint, *packed, to_bytes(rows))
-        stored = core.sessions.database.submit(lambda tables: core.blocks.put(tables, [block], self.id))
-        stored.add_done_callback(_report)
 
     async def remember(self, ids: list[int], also: Change) -> None:
         """Make a finished turn's ids (already in the context) part of the stream; `also` is stored with them."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longstride.engine.sampling import Sampling
 
 TABLES = ("worker",)  # of longstride.toml
+NO_FOLDER = ("auto", "none")  # of `adapter`
 SYSTEM = "You answer questions about the text you are given. Be brief and keep to the text."
 
 
@@ -41,6 +42,11 @@ def _collection(name: str) -> str:
     return name
 
 
+def _adapter(name: str) -> str:
+    """A folder is stored whole, so that a session finds it from wherever it is opened."""
+    return name if name in NO_FOLDER else str(Path(name).expanduser().absolute())
+
+
 # NoDecode: pydantic-settings would parse the JSON itself, and its error does not say what is wrong
 Collections = Annotated[list[Annotated[str, AfterValidator(_collection)]], NoDecode, BeforeValidator(_list)]
 
@@ -51,6 +57,11 @@ class SessionSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
     placement: Placement = Field(Placement.BESIDE, description="where passages stand: beside, end or turn")
+    adapter: Annotated[str, AfterValidator(_adapter)] = Field(
+        "auto",
+        min_length=1,
+        description="a folder with a LoRA adapter; none; auto takes the one that comes along, if any",
+    )
     policy: Literal["tokens", "sentence", "confidence", "drift", "never"] = Field(
         "tokens", description="when to retrieve"
     )
@@ -59,7 +70,7 @@ class SessionSettings(BaseModel):
     passage_tokens: int = Field(128, ge=1, description="tokens of a passage at most")
     passages: int = Field(3, ge=1, le=64, description="passages in a segment at most")
     collections: Collections = Field([DEFAULT], description="collections of documents that retrieval draws on")
-    refresh: int = Field(16, ge=1, description="text tokens fed again after a segment (beside)")
+    refresh: int = Field(16, ge=0, description="text tokens fed again after a segment (beside, end)")
     window: Literal["refuse", "sinks"] = Field("refuse", description="what happens when the context is full")
     context_tokens: int | None = Field(None, ge=64, description="context length; the model's own when not set")
     system: str = Field(SYSTEM, description="the system message")
@@ -170,7 +181,8 @@ def changed(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettin
 def changed_for_answer(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettings:
     """`changed`, refusing what would change the session itself."""
     own = {
-        "placement", "passage_tokens", "passages", "collections", "refresh", "window", "context_tokens", "system",
+        "placement", "adapter", "passage_tokens", "passages", "collections", "refresh", "window", "context_tokens",
+        "system",
     }  # fmt: skip
     fixed = own & set(changes)
     if fixed:

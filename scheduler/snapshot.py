@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from longstride.engine.identity import chain_id, pack_ids
+from longstride.engine.identity import adapted, chain_id, pack_ids
 from longstride.engine.model import Model
 from longstride.engine.sequence import Sequence
 from longstride.errors import StorageError
@@ -37,6 +37,10 @@ class Snapshot:
         self.device = device
         self.sequence = sequence
         self.block_tokens = block_tokens
+        adapter = sequence.adapter
+        # one that acts on the segment leaves these rows the model's own, whoever reads them
+        everywhere = adapter.fingerprint if adapter is not None and adapter.everywhere else ""
+        self.fingerprint = adapted(model.fingerprint, everywhere)
         self._chain: list[bytes] = []  # ids of the blocks that were handed out or restored
         self._stale: list[bytes] = []
 
@@ -57,7 +61,7 @@ class Snapshot:
         ids = [context.text[i] for i in span]
         positions = [context.position(i) for i in span]
         parent = chain[index - 1] if index else b""
-        return chain_id(self.model.fingerprint, parent, ids, positions), ids, positions
+        return chain_id(self.fingerprint, parent, ids, positions), ids, positions
 
     async def new_blocks(self) -> list[Block]:
         """Full blocks of plain rows that were not handed out before, copied off the device."""
@@ -78,7 +82,7 @@ class Snapshot:
 
         rows = await self.device.call(copy)
         return [
-            Block(id_, self.model.fingerprint, pack_ids(ids), pack_ids(positions), block)
+            Block(id_, self.fingerprint, pack_ids(ids), pack_ids(positions), block)
             for (id_, ids, positions), block in zip(described, rows, strict=True)
         ]
 
@@ -157,7 +161,7 @@ class Snapshot:
         size = self.block_tokens * self.model.runner.layout.row_bytes
         for index in range(len(chain), min(len(chain) + BATCH, whole)):
             id_, ids, positions = self._describe(index, chain)
-            data, why = self.blocks.get(id_, self.model.fingerprint, pack_ids(ids), pack_ids(positions), size)
+            data, why = self.blocks.get(id_, self.fingerprint, pack_ids(ids), pack_ids(positions), size)
             if data is None:
                 if why == "missing":
                     return found, []

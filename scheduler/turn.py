@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from sqlite_utils import Database as Tables
 
 from longstride.engine.context import Placement
-from longstride.engine.identity import pack_ids
 from longstride.engine.sampling import Choice, Sampler
 from longstride.engine.tokenizer import StreamDecoder
 from longstride.engine.verify import Decoding
@@ -18,7 +17,6 @@ from longstride.scheduler.answer import Answer, Piece, Source
 from longstride.scheduler.core import Also
 from longstride.scheduler.retriever import Passage
 from longstride.scheduler.settings import SessionSettings
-from longstride.scheduler.snapshot import from_bytes
 from longstride.scheduler.stride import Moment, Never, policy
 
 if TYPE_CHECKING:
@@ -48,11 +46,10 @@ class Turn:
         answer_frame = len(session.frame.answer)
         self.text_ids = query if query is not None else ids[: len(ids) - answer_frame]
         self.policy = policy(settings.policy, settings.stride)
-        banned = (tokenizer.special - tokenizer.eos) if tokenizer.eos else tokenizer.special
+        banned = (tokenizer.special | session.marks.banned) - tokenizer.eos
         sampler = Sampler(settings.sampling(), sorted(banned))
         self.decoding = Decoding(self.sequence, sampler, tokenizer.eos, ids, session.memory.drafter(settings.drafting))
-        stops = [text for mark in session.marks if (text := tokenizer.decode(mark).strip())]
-        self.decoder = StreamDecoder(tokenizer, stops)
+        self.decoder = StreamDecoder(tokenizer, session.marks.stops)
         self.answer = Answer(question)
         self.passages: list[Passage] = []
         self._since = 0  # tokens generated since the last retrieval
@@ -213,37 +210,24 @@ class Turn:
             self._rewriting = True
 
     def _pieces(self, passages: list[Passage]) -> list[list[int]]:
-        """The segment's pieces: apart for `beside`, in one run between the marks otherwise."""
-        tokenizer, limit = self.core.model.tokenizer, self.session.settings.passage_tokens
+        """The segment's pieces, between marks: apart for `beside`, in one run otherwise."""
+        session, tokenizer, marks = self.session, self.core.model.tokenizer, self.session.marks
         bodies = []
         for passage in passages:
             ids = (
-                self.session.stream[slice(*passage.tokens)].tolist()
+                session.stream[slice(*passage.tokens)].tolist()
                 if passage.tokens is not None
                 else tokenizer.encode(passage.text)
             )
-            bodies.append(ids[:limit])
-        if self.session.settings.placement is Placement.BESIDE:
-            for body in bodies:
-                self._fetch(body)
-            return bodies
-        if not bodies:
-            return []
-        left, right = self.session.marks
+            bodies.append(ids[: session.passage_tokens])
+        if session.settings.placement is Placement.BESIDE:
+            pieces = [marks.around(body) for body in bodies]
+            context, adapter = self.sequence.context, self.sequence.piece_adapter
+            for piece in pieces:
+                session.pieces.fetch(context.text[: context.sink], piece, context.sink, adapter)
+            return pieces
         # best passage last, next to the text it is for
-        return [[*left, *(i for body in reversed(bodies) for i in body), *right]]
-
-    def _fetch(self, piece: list[int]) -> None:
-        """Bring a passage's rows from the database into memory, if it was encoded in an earlier process."""
-        context, model = self.sequence.context, self.core.model
-        key = self.core.pieces.key(context.text[: context.sink], piece, context.sink)
-        if key in self.core.pieces:
-            return
-        positions = range(context.sink, context.sink + len(piece))
-        size = len(piece) * model.runner.layout.row_bytes
-        data, _why = self.core.blocks.get(key, model.fingerprint, pack_ids(piece), pack_ids(positions), size)
-        if data is not None:
-            self.core.pieces.insert(key, from_bytes(data, model.runner.dtype))
+        return [marks.around(i for body in reversed(bodies) for i in body)] if bodies else []
 
     # --- the end ---
 

@@ -24,7 +24,12 @@ CONFIGS = {
     "llama": _GROUPED,
     "qwen2": _GROUPED,
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": POSITIONS},
-}
+    "mistral": {**_GROUPED, "sliding_window": None},
+    "opt": {
+        "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 96, "word_embed_proj_dim": 64,
+        "max_position_embeddings": POSITIONS,
+    },
+}  # fmt: skip
 
 
 def fresh_model(kind: str, **extra):
@@ -66,6 +71,8 @@ class ByteTokenizer:
 
     eos = frozenset({257})
     special = frozenset(range(256, 264))
+    spare = (261, 262, 263)
+    size = 264
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -91,7 +91,7 @@ def test_every_room_of_the_architecture_exists():
     assert named
     for path in named:
         assert (ROOT / path).is_file(), path
-    for folder in ("engine", "scheduler", "storage", "service"):
+    for folder in ("engine", "scheduler", "storage", "service", "tuning"):
         for path in (ROOT / folder).glob("*.py"):
             if path.name != "__init__.py":
                 assert f"`{folder}/{path.name}`" in text, path

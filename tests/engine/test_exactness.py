@@ -56,6 +56,7 @@ def layout(placement, text, pieces, boundary):
 class Exactness(RuleBasedStateMachine):
     kind: str
     placement: Placement
+    refresh: int = REFRESH
 
     @initialize(prompt=st.lists(token, min_size=PROMPT, max_size=PROMPT), budget=st.sampled_from([3, 7, 64]))
     def start(self, prompt, budget):
@@ -66,7 +67,7 @@ class Exactness(RuleBasedStateMachine):
         self.text, self.pieces, self.boundary, self.turn = list(prompt), (), 0, None
 
     def new_sequence(self, prompt):
-        context = Context(prompt, placement=self.placement, limit=LIMIT, reserved=RESERVED, refresh=REFRESH)
+        context = Context(prompt, placement=self.placement, limit=LIMIT, reserved=RESERVED, refresh=self.refresh)
         return Sequence(self.runner, context, max_rows=LIMIT + 3 * RESERVED, store=self.store)
 
     @rule(ids=tokens)
@@ -89,12 +90,10 @@ class Exactness(RuleBasedStateMachine):
         self.sequence.rewrite(pieces)
         sink = max(PROMPT, 4)
         self.pieces = tuple(map(tuple, pieces)) if len(self.text) > sink else ()
-        if self.placement is Placement.BESIDE:
-            self.boundary = max(sink, len(self.text) - REFRESH)
-        elif self.placement is Placement.TURN and self.turn is not None:
-            self.boundary = self.turn
+        if self.placement is not Placement.TURN:
+            self.boundary = max(sink, len(self.text) - self.refresh)
         else:
-            self.boundary = len(self.text)
+            self.boundary = len(self.text) if self.turn is None else self.turn
 
     @rule(count=st.integers(1, 4))
     def decode(self, count):
@@ -207,9 +206,12 @@ class Exactness(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("placement", list(Placement))
-def test_any_sequence_of_operations_is_exact(kind, placement):
-    machine = type("Machine", (Exactness,), {"kind": kind, "placement": placement})
+@pytest.mark.parametrize(
+    ("placement", "refresh"),
+    [(Placement.BESIDE, REFRESH), (Placement.END, REFRESH), (Placement.END, 0), (Placement.TURN, REFRESH)],
+)
+def test_any_sequence_of_operations_is_exact(kind, placement, refresh):
+    machine = type("Machine", (Exactness,), {"kind": kind, "placement": placement, "refresh": refresh})
     run_state_machine_as_test(
         machine,
         settings=settings(

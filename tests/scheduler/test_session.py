@@ -55,11 +55,11 @@ async def test_a_rewrite_computes_the_tail_and_the_segment_and_never_the_stream(
         if placement is Placement.BESIDE:
             assert usage.rewritten == usage.rewrites * (4 + 8)  # stride + refresh, passages for nothing
         elif placement is Placement.END:
-            marks = sum(map(len, session.marks))
+            marks = session.marks.size
             assert usage.rewritten <= usage.rewrites * (4 + passages + marks)
         else:
             tail = len("\n\nthing1 thing2 thing3?") + 1 + 12
-            assert usage.rewritten <= usage.rewrites * (tail + passages + sum(map(len, session.marks)))
+            assert usage.rewritten <= usage.rewrites * (tail + passages + session.marks.size)
         assert usage.cached >= session.tokens - 8
 
 

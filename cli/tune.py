@@ -1,0 +1,143 @@
+"""`longstride tune`: fine-tune an adapter on your own text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longstride.cli import common as c
+from longstride.errors import BadInput
+
+if TYPE_CHECKING:
+    from longstride.engine.model import PlainModel
+    from longstride.tuning.recipe import Marks
+
+app = typer.Typer(help="Fine-tune an adapter on your own text.", no_args_is_help=True)
+
+
+@app.callback()
+def root() -> None:
+    """Fine-tune an adapter on your own text."""
+
+
+@app.command()
+def marks(
+    corpus: Annotated[list[Path], typer.Option("--corpus", help="Texts to train on; files and folders, repeatable.")],
+    out: Annotated[Path, typer.Option("--out", help="The adapter's folder; a run that was stopped goes on there.")],
+    layout: Annotated[
+        str, typer.Option("--layout", help="What is trained for: a layout as in `eval perplexity`.")
+    ] = "end,passages=3",
+    acts: Annotated[
+        str, typer.Option("--acts", help="Where the adapter acts: on the segment and what follows it, or everywhere.")
+    ] = "segment",
+    steps: Annotated[int, typer.Option("--steps", help="Windows trained on, one a step.")] = 1000,
+    rate: Annotated[float, typer.Option("--rate", help="Learning rate at its highest.")] = 1e-3,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the LoRA.")] = 16,
+    alpha: Annotated[int, typer.Option("--alpha", help="Its scale, times the rank.")] = 32,
+    dropout: Annotated[float, typer.Option("--dropout", help="Dropout of the LoRA.")] = 0.05,
+    modules: Annotated[
+        str | None,
+        typer.Option("--modules", help="Names of adapted modules, with commas.", show_default="all linear ones"),
+    ] = None,
+    mark_ids: Annotated[
+        str | None,
+        typer.Option(
+            "--mark-ids", help="Two token ids for the marks, with a comma.", show_default="two that nothing else uses"
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option("--window", min=1, help="Tokens of text before the first target.")] = 368,
+    strides: Annotated[int, typer.Option("--strides", min=1, help="Strides in a window.")] = 8,
+    stride: Annotated[int, typer.Option("--stride", min=1, help="Targets of a stride.")] = 16,
+    query_tokens: Annotated[int, typer.Option("--query-tokens", min=1, help="Tokens of a query.")] = 32,
+    passage_tokens: Annotated[int, typer.Option("--passage-tokens", min=1, help="Tokens of a passage.")] = 128,
+    chance: Annotated[float, typer.Option("--chance", help="Share of strides with passages at random.")] = 0.2,
+    distil: Annotated[
+        float, typer.Option("--distil", help="Pull towards the base model without retrieval at the start.")
+    ] = 0.5,
+    frame: Annotated[
+        bool, typer.Option("--frame", help="Read texts behind the chat's prompt, as sessions do; else alone.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Everything drawn follows from it.")] = 0,
+    model: c.ModelName = None,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a plot of the losses to this file.")] = None,
+) -> None:
+    """LoRA and two marks, for passages at the end of the text (FlashBack) or anywhere else."""
+    from longstride.engine.model import load_plain
+    from longstride.scheduler.settings import SYSTEM
+    from longstride.tuning.layouts import Layout
+    from longstride.tuning.recipe import Recipe, Steps
+    from longstride.tuning.report import need_matplotlib, write_json
+    from longstride.tuning.strides import Corpus, Places, Shape
+    from longstride.tuning.texts import texts
+    from longstride.tuning.training import Run
+    from longstride.tuning.training import plot as draw
+
+    wanted = Layout.parse(layout)
+    if acts not in {"segment", "everywhere"}:
+        raise BadInput(f"--acts is segment or everywhere, not {acts!r}")
+    shape = Shape(window, strides, stride, query_tokens, passage_tokens, wanted.passages)
+    recipe = Recipe(
+        layout=wanted, shape=shape, acts="segment" if acts == "segment" else "everywhere", steps=steps, rate=rate,
+        rank=rank, alpha=alpha, dropout=dropout, modules=tuple(name for name in (modules or "").split(",") if name),
+        chance=chance, distil=distil, seed=seed,
+    )  # fmt: skip
+    if plot is not None:
+        need_matplotlib()
+    documents = texts(corpus)
+    plain = c.loaded(load_plain, model, device, dtype)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"),
+        TimeRemainingColumn(), console=c.err, transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("indexing", total=len(documents), told="documents")
+        library = Corpus(documents, plain.tokenizer, passage_tokens, lambda n: progress.advance(task, n))
+        progress.update(task, description="looking for windows", total=None, told="")
+        places = Places(documents, library, shape)
+        pair = chosen_marks(plain, mark_ids)
+        prompt = list(plain.tokenizer.frame(SYSTEM).prompt) if frame else []
+        run = Run(plain, recipe, Steps(recipe, places, pair, prompt), pair, out, manifest(plain, documents))
+        progress.update(task, description="training", total=steps, completed=run.step, told="steps")
+
+        def tell(line: dict[str, float]) -> None:
+            told = f"steps, loss {line['loss']:.3f}" + (f" (none {line['none']:.3f})" if "none" in line else "")
+            progress.update(task, completed=run.step, told=told)
+
+        run.go(tell)
+    if plot is not None:
+        draw(run.log, plot)
+    last = run.log[-min(len(run.log), 50) :]
+    c.out.print(
+        f"{out}: {steps:,} steps, {int(sum(line['targets'] for line in run.log)):,} targets, "
+        f"{sum(line['seconds'] for line in run.log):,.0f} s; loss of the last {len(last)} steps "
+        f"{sum(line['loss'] for line in last) / len(last):.3f}",
+        markup=False,
+    )
+    write_json(out / "losses.json", run.log)
+
+
+def chosen_marks(plain: "PlainModel", spelled: str | None) -> "Marks":
+    """Two token ids, one for each mark. Raises `BadInput` where the model has none to spare."""
+    if spelled is not None:
+        ids = [int(part) if part.strip().isdecimal() else -1 for part in spelled.split(",")]
+        if len(ids) != 2 or ids[0] == ids[1] or not all(0 <= id_ < plain.model.config.vocab_size for id_ in ids):
+            raise BadInput(f"--mark-ids {spelled!r}: write two different token ids of this model, as in 15,16")
+        return (ids[0],), (ids[1],)
+    spare = plain.spare
+    if len(spare) < 2:
+        raise BadInput("this model has no two tokens that nothing else uses; name two that you never use (--mark-ids)")
+    return (spare[-2],), (spare[-1],)
+
+
+def manifest(plain: "PlainModel", documents: list[Any]) -> dict[str, Any]:
+    """What an adapter came from."""
+    from longstride.tuning.report import trained_with
+
+    return {
+        "base": plain.content,
+        "vocabulary": plain.vocabulary,
+        "data": [[document.name, document.sha256[:16]] for document in documents],
+        **trained_with(plain),
+    }

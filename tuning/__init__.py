@@ -1,0 +1,1 @@
+"""Measuring and training: the evaluation grid, question answering, adapters."""

@@ -1,0 +1,203 @@
+"""`Layout`: where passages stand beside a text, and what that costs and gains: the loss of each target under it.
+
+Everything but prepending runs through the engine as a session runs it: feed, rewrite, targets, rewrite. Prepending
+(In-Context RALM, arXiv 2302.00083) encodes passages and text afresh at each stride.
+"""
+
+import time
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from longstride.engine.adapter import Adapter
+from longstride.engine.context import Context, Placement
+from longstride.engine.model import Model
+from longstride.engine.runner import ModelRunner
+from longstride.engine.sequence import Sequence
+from longstride.errors import BadInput
+from longstride.tuning.strides import Shape, Window
+
+Place = Literal["none", "prepend", "end", "turn", "beside"]
+Source = Literal["found", "chance", "oracle"]
+BUDGET = 4096  # rows a forward
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row of the grid. `passages`: a segment's at most; `refresh` as in a session; `source`: which
+    passages (see `Stride`); `marks`: whether they stand between marks; `every`: passages change every so many strides;
+    `adapter`: a name, resolved by the grid."""
+
+    place: Place = "beside"
+    passages: int = 1
+    refresh: int = 16
+    source: Source = "found"
+    marks: bool = False
+    every: int = 1
+    adapter: str = ""
+
+    @classmethod
+    def parse(cls, spelled: str) -> "Layout":
+        """From `beside,passages=3,refresh=16`. Raises `BadInput` naming what is wrong."""
+        first, *options = (part.strip() for part in spelled.split(","))
+        place: Place | None = next((place for place in get_args(Place) if place == first), None)
+        if place is None:
+            raise BadInput(f"layout {spelled!r}: {first!r} is none of {', '.join(get_args(Place))}")
+        layout = cls(place, marks=place in {"end", "turn"})
+        kinds = {field.name: type(field.default) for field in fields(cls) if field.name != "place"}
+        for option in options:
+            name, _, value = option.partition("=")
+            if name not in kinds:
+                raise BadInput(f"layout {spelled!r}: {name!r} is none of {', '.join(kinds)}")
+            layout = replace(layout, **{name: _value(spelled, name, value, kinds[name])})
+        if layout.source not in get_args(Source):
+            raise BadInput(f"layout {spelled!r}: source is one of {', '.join(get_args(Source))}")
+        return layout
+
+    def __str__(self) -> str:
+        plain = Layout(self.place, marks=self.place in {"end", "turn"})
+        options = [
+            f"{field.name}={str(value).lower() if isinstance(value, bool) else value}"
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != getattr(plain, field.name)
+        ]
+        return ",".join([self.place, *options])
+
+
+def _value(spelled: str, name: str, value: str, kind: type) -> Any:
+    if kind is bool:
+        if value not in {"true", "false"}:
+            raise BadInput(f"layout {spelled!r}: {name} is true or false, not {value!r}")
+        return value == "true"
+    if kind is int:
+        if not value.isdecimal() or (int(value) < 1 and name != "refresh"):
+            raise BadInput(f"layout {spelled!r}: {name} is a number from 1 on, not {value!r}")
+        return int(value)
+    return value
+
+
+@dataclass
+class Measured:
+    """Losses of a window's targets in nats, the rows that went through the model for them, and the seconds."""
+
+    losses: list[float]
+    encoded: int = 0
+    seconds: float = 0.0
+
+
+class Scorer:
+    """Runs windows under layouts. `prompt`: ids before every text (its sink); `marks`: around a segment, where the
+    layout has any and no adapter brings its own."""
+
+    def __init__(self, model: Model, prompt: Ids[int] = (), marks: tuple[Ids[int], Ids[int]] = ((), ())) -> None:
+        self.runner = model.runner
+        self.prompt = list(prompt)
+        self.marks = marks
+
+    def score(self, window: Window, layout: Layout, shape: Shape, adapter: Adapter | None = None) -> Measured:
+        """Losses of all targets of a window."""
+        started = time.perf_counter()
+        if layout.place == "none":
+            measured = self._plain(
+                [*self.prompt, *window.text], [t for s in window.strides for t in s.targets], adapter
+            )
+        elif layout.place == "prepend":
+            measured = self._prepended(window, layout, adapter)
+        else:
+            measured = self._placed(window, layout, shape, adapter)
+        measured.seconds = time.perf_counter() - started
+        return measured
+
+    def _plain(self, text: Ids[int], targets: list[int], adapter: Adapter | None) -> Measured:
+        """Targets behind a text and nothing else."""
+        length = len(text) + len(targets)
+        context = Context(text, placement=Placement.END, limit=length + 8, reserved=0)
+        sequence = Sequence(self.runner, context, max_rows=length, adapter=adapter)
+        losses = follow(self.runner, sequence, targets)
+        return Measured(losses, sequence.computed)
+
+    def _prepended(self, window: Window, layout: Layout, adapter: Adapter | None) -> Measured:
+        out = Measured([])
+        text = list(window.text)
+        pieces: list[list[int]] = []
+        for number, stride in enumerate(window.strides):
+            if number % layout.every == 0:
+                pieces = segment(getattr(stride, layout.source)[: layout.passages], self._marks(layout, adapter))
+            front = [i for piece in pieces for i in piece]
+            part = self._plain([*self.prompt, *front, *text], stride.targets, adapter)
+            out.losses += part.losses
+            out.encoded += part.encoded
+            text += stride.targets
+        return out
+
+    def _placed(self, window: Window, layout: Layout, shape: Shape, adapter: Adapter | None) -> Measured:
+        placement = Placement(layout.place)
+        beside = placement is Placement.BESIDE
+        left, right = self._marks(layout, adapter)
+        around = len(left) + len(right)
+        total = layout.passages * shape.passage + around
+        length = len(self.prompt) + shape.span + total + 8
+        context = Context(
+            self.prompt,
+            placement=placement,
+            limit=length,
+            reserved=shape.passage + around if beside else total,
+            refresh=layout.refresh,
+        )
+        context.append(window.text)
+        sequence = Sequence(self.runner, context, max_rows=length + total, adapter=adapter)
+        losses: list[float] = []
+        for number, stride in enumerate(window.strides):
+            if number % layout.every == 0:
+                found = getattr(stride, layout.source)[: layout.passages]
+                if placement is Placement.TURN:
+                    context.turn = len(context.text) - shape.query  # running text has no turns: its last tokens are one
+                # beside the text each passage stands for itself, else they are one run, the best next to the text
+                pieces = [segment([p], (left, right))[0] for p in found] if beside else segment(found, (left, right))
+                sequence.rewrite(pieces)
+            losses += follow(self.runner, sequence, stride.targets)
+        return Measured(losses, sequence.computed)
+
+    def _marks(self, layout: Layout, adapter: Adapter | None) -> tuple[Ids[int], Ids[int]]:
+        if not layout.marks:
+            return (), ()
+        return adapter.marks if adapter is not None and any(adapter.marks) else self.marks
+
+
+def segment(passages: Ids[list[int]], marks: tuple[Ids[int], Ids[int]]) -> list[list[int]]:
+    """Passages as one run between marks, the best last; nothing where there are none."""
+    if not passages:
+        return []
+    return [[*marks[0], *(i for passage in reversed(passages) for i in passage), *marks[1]]]
+
+
+def follow(runner: ModelRunner, sequence: Sequence, targets: list[int]) -> list[float]:
+    """Losses of `targets` behind what `sequence` holds; they are its text then, the last one's row not computed yet."""
+    sequence.context.append(targets[:-1])
+    if not sequence.pending:
+        raise ValueError("the row that predicts the first target must be left to be computed")
+    logits = last_logits(runner, sequence, len(targets))
+    sequence.context.append(targets[-1:])
+    return losses_of(logits, targets)
+
+
+def last_logits(runner: ModelRunner, sequence: Sequence, count: int) -> torch.Tensor:
+    """Compute all that is due; logits [count, vocabulary] of the last `count` rows, which must be among it."""
+    first = sequence.context.rows - count
+    out: list[torch.Tensor] = []
+    while slices := sequence.take(BUDGET, 0):
+        for piece in slices:
+            piece.logits = max(0, min(len(piece.ids), piece.stop - first))
+        out += [logits for logits in runner.forward(slices) if len(logits)]
+        sequence.accept(slices)
+    return torch.cat(out)
+
+
+@torch.inference_mode()
+def losses_of(logits: torch.Tensor, targets: Ids[int]) -> list[float]:
+    """Negative log-likelihoods in nats, in fp32."""
+    wanted = torch.tensor(targets, device=logits.device)
+    losses: list[float] = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none").tolist()
+    return losses

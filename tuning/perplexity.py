@@ -1,0 +1,212 @@
+"""The evaluation grid: perplexity of texts under each layout, with intervals, and what each costs."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longstride.engine.adapter import Adapter
+from longstride.engine.model import Model
+from longstride.tuning import statistics
+from longstride.tuning.layouts import Layout, Measured, Scorer
+from longstride.tuning.report import markdown, pyplot, save, write_json
+from longstride.tuning.statistics import Interval
+from longstride.tuning.strides import Shape, Window
+
+BASE = Layout("none")
+# What the issue of placements turns on: where, how many, how much is read again, and whether a useless passage harms.
+LAYOUTS = tuple(
+    Layout.parse(spelled)
+    for spelled in (
+        "none",
+        "prepend",
+        "prepend,passages=3",
+        "end",
+        "turn",
+        "beside,refresh=1",
+        "beside",
+        "beside,refresh=64",
+        "beside,passages=3",
+        "beside,source=chance",
+        "beside,source=oracle",
+    )
+)
+
+
+@dataclass
+class Cell:
+    """One layout on one set at one window."""
+
+    set: str
+    window: int
+    layout: Layout
+    documents: list[str] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+
+    def _by_document(self, values: Iterable[float]) -> list[float]:
+        sums: dict[str, float] = {}
+        for name, value in zip(self.documents, values, strict=True):
+            sums[name] = sums.get(name, 0.0) + value
+        return list(sums.values())
+
+    @property
+    def targets(self) -> int:
+        """Targets in all."""
+        return sum(len(m.losses) for m in self.measured)
+
+    def perplexity(self) -> Interval:
+        """Per token."""
+        return statistics.perplexity(
+            statistics.mean(
+                self._by_document(sum(m.losses) for m in self.measured),
+                self._by_document(len(m.losses) for m in self.measured),
+            )
+        )
+
+    def word_perplexity(self) -> Interval:
+        """Per word (words that begin in the targets)."""
+        return statistics.perplexity(
+            statistics.mean(
+                self._by_document(sum(m.losses) for m in self.measured), self._by_document(map(float, self.words))
+            )
+        )
+
+    def against(self, other: "Cell") -> Interval:
+        """The ratio of this perplexity to another's on the same windows, paired; below 1 is better."""
+        differences = (sum(a.losses) - sum(b.losses) for a, b in zip(self.measured, other.measured, strict=True))
+        counts = self._by_document(len(m.losses) for m in self.measured)
+        return statistics.perplexity(statistics.mean(self._by_document(differences), counts))
+
+
+class Grid:
+    """Measures windows under layouts. What was measured is kept in the folder `work`, so that a run can go on."""
+
+    def __init__(
+        self, model: Model, shape: Shape, scorer: Scorer, adapters: dict[str, Adapter], work: Path | None
+    ) -> None:
+        self.model = model
+        self.shape = shape
+        self.scorer = scorer
+        self.adapters = adapters
+        self.work = work
+
+    def measure(
+        self, name: str, windows: Sequence[Window], layout: Layout, progress: Callable[[], None] = lambda: None
+    ) -> Cell:
+        """All windows of a set under a layout; `progress` hears of each."""
+        cell = Cell(name, self.shape.window, layout)
+        for window in windows:
+            cell.documents.append(window.document)
+            cell.words.append(window.words)
+            cell.measured.append(self._measured(window, layout))
+            progress()
+        return cell
+
+    def _measured(self, window: Window, layout: Layout) -> Measured:
+        adapter = self.adapters[layout.adapter] if layout.adapter else None
+        path = None if self.work is None else self.work / f"{self._identity(window, layout, adapter)}.json"
+        if path is not None and path.is_file():
+            return Measured(**json.loads(path.read_text(encoding="utf-8")))
+        measured = self.scorer.score(window, layout, self.shape, adapter)
+        if path is not None:
+            write_json(path, asdict(measured))
+        return measured
+
+    def _identity(self, window: Window, layout: Layout, adapter: Adapter | None) -> str:
+        """Names everything that decides a result."""
+        parts = {
+            "format": 1,
+            "model": self.model.fingerprint,
+            "adapter": None if adapter is None else adapter.fingerprint,
+            "layout": {**asdict(layout), "adapter": ""},
+            "shape": asdict(self.shape),
+            "prompt": self.scorer.prompt,
+            "marks": [list(mark) for mark in self.scorer.marks],
+            "text": window.text,
+            "strides": [asdict(stride) for stride in window.strides],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown: a row a cell, its ratio to no retrieval on the same set and window beside it."""
+    bases = {(c.set, c.window): c for c in cells if c.layout == BASE}
+    rows = []
+    for cell in cells:
+        base = bases.get((cell.set, cell.window))
+        seconds = sum(m.seconds for m in cell.measured)
+        rows.append(
+            [
+                cell.set,
+                cell.window,
+                str(cell.layout),
+                cell.targets,
+                _shown(cell.perplexity()),
+                f"{cell.word_perplexity().value:.1f}",
+                _shown(cell.against(base)) if base is not None else "",
+                f"{sum(m.encoded for m in cell.measured) / cell.targets:.1f}",
+                f"{1000 * seconds / cell.targets:.0f}",
+            ]
+        )
+    headers = (
+        "set", "window", "layout", "targets", "perplexity [95 %]", "a word", "against none [95 %]", "rows a target",
+        "ms a target",
+    )  # fmt: skip
+    return markdown(headers, rows)
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def data(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Cells as JSON, with the loss of every target."""
+    return [
+        {
+            "set": cell.set,
+            "window": cell.window,
+            "layout": str(cell.layout),
+            "targets": cell.targets,
+            "perplexity": cell.perplexity()._asdict(),
+            "word_perplexity": cell.word_perplexity()._asdict(),
+            "encoded": sum(m.encoded for m in cell.measured),
+            "seconds": round(sum(m.seconds for m in cell.measured), 2),
+            "documents": cell.documents,
+            "losses": [[round(loss, 4) for loss in m.losses] for m in cell.measured],
+        }
+        for cell in cells
+    ]
+
+
+def plot(cells: Sequence[Cell], to: Path) -> None:
+    """Each layout's perplexity as a share of that without retrieval, a panel a window."""
+    plt = pyplot()
+    bases = {(c.set, c.window): c for c in cells if c.layout == BASE}
+    shown = [c for c in cells if (c.set, c.window) in bases and c.layout != BASE]
+    panels = list(dict.fromkeys(c.window for c in shown))
+    sets = list(dict.fromkeys(c.set for c in shown))
+    layouts = list(dict.fromkeys(str(c.layout) for c in shown))
+    height = 1.2 + 0.22 * len(layouts) * len(sets)
+    figure, axes = plt.subplots(
+        1, max(1, len(panels)), figsize=(5.5 * max(1, len(panels)), height), layout="constrained", squeeze=False,
+        sharey=True,
+    )  # fmt: skip
+    colours = dict(zip(layouts, plt.get_cmap("tab20").colors * (1 + len(layouts) // 20), strict=False))
+    rows = [(s, layout) for s in sets for layout in layouts]
+    for ax, window in zip(axes[0], panels, strict=True):
+        for cell in (c for c in shown if c.window == window):
+            at = rows.index((cell.set, str(cell.layout)))
+            ratio = cell.against(bases[cell.set, cell.window])
+            spread = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
+            ax.errorbar(ratio.value, at, xerr=spread, fmt="o", markersize=4, capsize=2, color=colours[str(cell.layout)])
+        ax.axvline(1, color="0.6", linewidth=0.8)
+        ax.set_xlim(right=min(1.6, ax.get_xlim()[1]))
+        ax.set_title(f"window of {window:,} tokens")
+        ax.set_xlabel("perplexity against no retrieval (left is better)")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(rows)), [f"{s}  {layout}" for s, layout in rows], fontsize=7)
+    axes[0][0].invert_yaxis()
+    save(figure, to)

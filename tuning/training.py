@@ -1,0 +1,278 @@
+"""LoRA on a frozen base (peft), over `Tree`s: one forward over a window's text, one over all its branches.
+
+An adapter that acts on the segment changes branches only: the text's rows are the base model's and need no gradient.
+A step is a function of the recipe, the data and its number, and everything between steps is in a checkpoint, so a run
+that was killed goes on as if it had not been (safetensors and JSON; nothing is pickled).
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from longstride.engine.model import PlainModel
+from longstride.errors import BadInput, ModelError
+from longstride.scheduler.marks import WORDS
+from longstride.tuning.recipe import Marks, Recipe, Steps
+from longstride.tuning.report import pyplot, save, write_json
+from longstride.tuning.trees import Batch, Tree, batch, tree
+
+CHECKPOINT = "checkpoint"
+EVERY = 25  # steps between checkpoints
+
+
+def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[int], list[int]]) -> Any:
+    """The base model with a fresh LoRA, and trainable rows for the marks that start as the mean of `words`.
+
+    Raises `BadInput` for target modules that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(recipe.seed)
+    own = sorted({id_ for mark in marks for id_ in mark})
+    embedding = plain.model.get_input_embeddings()
+    name = next(name for name, module in plain.model.named_modules() if module is embedding)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.modules) or "all-linear",
+        trainable_token_indices={name.rpartition(".")[2]: own} if own else None,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in plain.model.modules()),  # GPT-2's layers
+        task_type="CAUSAL_LM",
+    )
+    with torch.no_grad():
+        starts = [embedding.weight[word].mean(0).clone() for word in words]
+    try:
+        model = get_peft_model(plain.model, config)
+    except ValueError as error:
+        raise BadInput(f"modules {', '.join(recipe.modules)}: {str(error).splitlines()[0]}") from error
+    rows = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
+    with torch.no_grad():
+        for mark, start in zip(marks, starts, strict=True):
+            for id_ in mark:
+                rows[0][own.index(id_)] = start
+    model.eval()
+    for module_name, module in model.named_modules():
+        if module_name.endswith("lora_dropout"):
+            module.train()  # the base's own dropout, where it has one, stays off
+    return model
+
+
+class Losses:
+    """Forward passes over trees."""
+
+    def __init__(self, model: Any, recipe: Recipe) -> None:
+        self.model = model
+        self.plain = model.get_base_model()
+        self.everywhere = recipe.acts == "everywhere"
+        self.device: torch.device = next(model.parameters()).device
+        self.dtype = self.plain.dtype
+
+    def __call__(self, tree: Tree) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [targets, vocabulary] of a tree's branches; and the base's without retrieval, where it has text."""
+        data = batch(tree, self.device)
+        past, base = None, None
+        if tree.ids:
+            frozen = torch.no_grad() if not self.everywhere else nullcontext()
+            with frozen, nullcontext() if self.everywhere else self.model.disable_adapter():
+                past, base = self._text(data)
+            past.batch_repeat_interleave(len(tree.branches))
+        hidden = self._hidden(data.ids, data.positions, self._bias(data.mask), past)
+        return self._logits(hidden[data.at[0], data.at[1]]), base
+
+    def _text(self, data: Batch) -> tuple[Any, torch.Tensor]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        n = data.text.shape[1]
+        mask = torch.ones(1, n, n, dtype=torch.bool, device=self.device).tril()
+        hidden = self._hidden(data.text, data.text_positions, self._bias(mask), cache)
+        return cache, self._logits(hidden[0, data.plain]).detach()
+
+    def _bias(self, mask: torch.Tensor) -> torch.Tensor:
+        """Additive, because eager attention takes a bool mask for numbers."""
+        bias = torch.zeros(mask.shape, dtype=self.dtype, device=self.device)
+        return bias.masked_fill_(~mask, torch.finfo(self.dtype).min)[:, None]
+
+    def _hidden(self, ids: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, past: Any) -> torch.Tensor:
+        if positions.shape[0] < ids.shape[0]:
+            positions = positions.expand(ids.shape[0], -1)
+        out = self.plain.base_model(
+            input_ids=ids, position_ids=positions, attention_mask=bias, past_key_values=past, use_cache=past is not None
+        )
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.plain.get_output_embeddings()(hidden).float()
+        return logits
+
+
+class Run:
+    """A training run in a folder: the adapter when it has ended, its checkpoint before."""
+
+    def __init__(self, plain: PlainModel, recipe: Recipe, steps: Steps, marks: Marks, out: Path, manifest: Any) -> None:
+        words = [plain.tokenizer.encode(word) for word in WORDS]  # what the marks stand for where nothing is trained
+        self.recipe = recipe
+        self.steps = steps
+        self.out = out
+        self.marks = marks
+        self.manifest = manifest
+        self.model = attach(plain, recipe, marks if recipe.layout.marks else ((), ()), (words[0], words[1]))
+        self.losses = Losses(self.model, recipe)
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=recipe.rate, weight_decay=0.0)
+        self.log: list[dict[str, float]] = []
+        self._resume()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.log)
+
+    def go(self, progress: Callable[[dict[str, float]], None] = lambda _line: None) -> None:
+        """Train to the end, from wherever the folder is; `progress` hears of each step's figures."""
+        while self.step < self.recipe.steps:
+            line = self._train(self.step)
+            self.log.append(line)
+            progress(line)
+            if self.step % EVERY == 0:
+                self._save()
+        self._finish()
+
+    def _train(self, step: int) -> dict[str, float]:
+        started = time.perf_counter()
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed * 1_000_003 + step)  # dropout
+        window, sample = self.steps(step)
+        grown = tree(window, sample, recipe.shape.query)
+        logits, base = self.losses(grown)
+        targets = torch.tensor([t for b in grown.branches for t in b.targets], device=logits.device)
+        loss = functional.cross_entropy(logits, targets)
+        whole = loss
+        line = {"loss": loss.item()}
+        if base is not None:
+            line["none"] = functional.cross_entropy(base, targets).item()
+            weight = recipe.distil * (1 - step / recipe.steps)
+            if weight and recipe.acts == "segment":
+                ours, theirs = functional.log_softmax(logits, -1), functional.log_softmax(base, -1)
+                whole = whole + weight * functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(whole)
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(recipe, step)
+        self.optimizer.step()
+        return {**line, "targets": len(targets), "rows": grown.rows, "seconds": time.perf_counter() - started}
+
+    # --- what outlives a kill ---
+
+    def _identity(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.describe(), "data": self.manifest["data"], "base": self.manifest["base"]}
+
+    def _save(self) -> None:
+        tensors = {f"value.{name}": p.detach().contiguous() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+        scratch = self.out / f".{CHECKPOINT}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        save_file(tensors, scratch / "state.safetensors")
+        write_json(scratch / "state.json", {**self._identity(), "log": self.log})
+        target, old = self.out / CHECKPOINT, self.out / f".{CHECKPOINT}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        scratch.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _resume(self) -> None:
+        folder = next((f for f in (self.out / CHECKPOINT, self.out / f".{CHECKPOINT}.old") if f.is_dir()), None)
+        if folder is None:
+            if (self.out / "adapter_model.safetensors").exists():
+                raise BadInput(f"{self.out} holds an adapter already; name another folder, or remove it")
+            return
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "state.safetensors", device=str(self.losses.device))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"the checkpoint in {folder} is damaged ({error}); remove it to start anew") from error
+        ours = json.loads(json.dumps(self._identity()))
+        other = [name for name in ours if state.get(name) != ours[name]]
+        if other:
+            raise BadInput(
+                f"{folder} is the checkpoint of another run (another {' and '.join(other)}); name another folder, or "
+                "remove it"
+            )
+        self.log = state["log"]
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"value.{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": tensors[f"first.{name}"].clone(),
+                    "exp_avg_sq": tensors[f"second.{name}"].clone(),
+                }
+
+    def _finish(self) -> None:
+        """Write the adapter (fp16 holds it well and halves it) and drop the checkpoint."""
+        if not all(math.isfinite(line["loss"]) for line in self.log):
+            raise ModelError("the loss is not finite any more; train again with a lower --rate")
+        self.model.save_pretrained(self.out, save_embedding_layers=False)
+        path = self.out / "adapter_model.safetensors"
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+        (self.out / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        seconds = sum(line["seconds"] for line in self.log)
+        write_json(
+            self.out / "longstride.json",
+            {
+                "format": 1,
+                "acts": self.recipe.acts,
+                "marks": [list(mark) for mark in (self.marks if self.recipe.layout.marks else ((), ()))],
+                **self.manifest,
+                "recipe": self.recipe.describe(),
+                "targets": int(sum(line["targets"] for line in self.log)),
+                "seconds": round(seconds),
+            },
+        )
+        write_json(self.out / "losses.json", self.log)
+        shutil.rmtree(self.out / CHECKPOINT, ignore_errors=True)
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then a cosine down to nothing."""
+    warm = max(1, round(recipe.warmup * recipe.steps))
+    if step < warm:
+        return recipe.rate * (step + 1) / warm
+    return recipe.rate * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm))) / 2
+
+
+def smoothed(values: list[float], over: int = 20) -> Iterator[float]:
+    """Running means."""
+    for at in range(len(values)):
+        part = values[max(0, at - over + 1) : at + 1]
+        yield sum(part) / len(part)
+
+
+def plot(log: list[dict[str, float]], to: Path) -> None:
+    """Loss by step, beside the base model's without retrieval on the same targets."""
+    plt = pyplot()
+    figure, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for name, label in (("loss", "with the adapter"), ("none", "base model, no retrieval")):
+        if all(name in line for line in log):
+            ax.plot(list(smoothed([line[name] for line in log])), label=label)
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss, nats a target (mean of 20 steps)")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    save(figure, to)

@@ -1,0 +1,179 @@
+"""`Tree`: a window's text once, and every stride's branch behind it: the rows that training computes.
+
+Branch j sees the text before its boundary and itself, so all strides of a window share one forward over the text
+(FlashBack evaluates and trains stride by stride, which is several times the rows). Rows, positions and visibility are
+those of `Context`, so what is trained is what a session computes. Branches are rows of a batch, padded at the end:
+attention then costs what the branches need and not the square of them all.
+"""
+
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+
+import torch
+
+from longstride.engine.context import Context, Placement
+from longstride.tuning.layouts import Layout, segment
+from longstride.tuning.strides import Window
+
+
+@dataclass
+class Branch:
+    """Rows behind the first `sees` text rows. `mask`: bool [n, sees + n], who sees whom. `first`: the row that
+    predicts the first of `targets`; the others follow one by one."""
+
+    ids: list[int]
+    positions: list[int]
+    sees: int
+    mask: torch.Tensor
+    first: int
+    targets: list[int]
+
+
+@dataclass
+class Tree:
+    """`ids` at `positions`: text rows, causal, seeing no branch. `plain`: those of them that predict the branches'
+    targets without retrieval."""
+
+    ids: list[int]
+    positions: list[int]
+    branches: list[Branch]
+    plain: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows in all, without padding."""
+        return len(self.ids) + sum(len(branch.ids) for branch in self.branches)
+
+
+@dataclass
+class Batch:
+    """A tree as tensors: text [1, T], branches [m, R], `mask` bool [m, R, T + R]; `at`: (branch, row) pairs [2, n]
+    that predict `targets`."""
+
+    text: torch.Tensor
+    text_positions: torch.Tensor
+    plain: torch.Tensor
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    at: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass
+class Sample:
+    """What stands in the strides of one window, as drawn for a step: `passages` of each stride, at most `most` tokens
+    long in all for placements in one run, `reserved` for `beside`."""
+
+    layout: Layout
+    passages: list[list[list[int]]]
+    marks: tuple[Ids[int], Ids[int]]
+    prompt: list[int] = field(default_factory=list)
+
+
+def tree(window: Window, sample: Sample, turn: int) -> Tree:
+    """The tree of a window. `turn`: tokens at the end of the text that count as a turn (`turn` placement)."""
+    layout = sample.layout
+    text = [*sample.prompt, *window.text]
+    if layout.place == "none":
+        targets = [target for stride in window.strides for target in stride.targets]
+        return Tree([], [], [_alone([*text, *targets[:-1]], len(text), targets)])
+    branches = []
+    if layout.place == "prepend":
+        for stride, passages in zip(window.strides, sample.passages, strict=True):
+            front = [i for piece in segment(passages, sample.marks) for i in piece]
+            ids = [*sample.prompt, *front, *text[len(sample.prompt) :]]
+            branches.append(_alone([*ids, *stride.targets[:-1]], len(ids), stride.targets))
+            text += stride.targets
+        return Tree([], [], branches)
+    placement = Placement(layout.place)
+    beside = placement is Placement.BESIDE
+    around = sum(map(len, sample.marks))
+    longest = max((len(passage) for passages in sample.passages for passage in passages), default=0)
+    whole = max((sum(map(len, passages)) for passages in sample.passages), default=0)
+    context = Context(
+        text[: len(sample.prompt)],
+        placement=placement,
+        limit=1 << 30,
+        reserved=around + (longest if beside else whole),
+        refresh=layout.refresh,
+    )
+    context.append(text[len(sample.prompt) :])
+    plain: list[int] = []
+    for stride, passages in zip(window.strides, sample.passages, strict=True):
+        if not passages:
+            context.append(stride.targets)  # nothing was found: the stride is plain text, as it is in a session
+            continue
+        if placement is Placement.TURN:
+            context.turn = len(context.text) - turn
+        pieces = [segment([p], sample.marks)[0] for p in passages] if beside else segment(passages, sample.marks)
+        context.rewrite(pieces)
+        plain += range(len(context.text) - 1, len(context.text) + len(stride.targets) - 1)
+        context.append(stride.targets[:-1])
+        branches.append(_branch(context, stride.targets))
+        context.append(stride.targets[-1:])
+        context.rewrite(())
+    rows = len(context.text) - 1
+    return Tree(context.text[:rows], [context.position(i) for i in range(rows)], branches, plain)
+
+
+def _alone(ids: list[int], first: int, targets: list[int]) -> Branch:
+    mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    return Branch(ids, list(range(len(ids))), 0, mask, first - 1, targets)
+
+
+def _branch(context: Context, targets: list[int]) -> Branch:
+    """The rows behind the boundary."""
+    plain = context.plain_rows
+    parts = context.parts(plain)
+    rows = context.rows - plain
+    mask = torch.zeros(rows, plain + rows, dtype=torch.bool)
+    ids: list[int] = []
+    positions: list[int] = []
+    for part in parts:
+        at = part.row - plain
+        n = len(part.ids)
+        own = slice(at, at + n)
+        if part.visible is None:
+            mask[own, : part.row] = True
+        else:
+            for start, stop in part.visible:
+                mask[own, start:stop] = True
+        mask[own, part.row : part.stop] = torch.ones(n, n, dtype=torch.bool).tril()
+        ids += part.ids
+        positions += range(part.position, part.position + n)
+    return Branch(ids, positions, plain, mask, rows - len(targets), targets)
+
+
+def batch(tree: Tree, device: torch.device) -> Batch:
+    """Tensors of a tree. A padding row sees itself only, so that no softmax is empty."""
+    longest = max(len(branch.ids) for branch in tree.branches)
+    count, seen = len(tree.branches), len(tree.ids)
+    ids = torch.zeros(count, longest, dtype=torch.long)
+    positions = torch.zeros(count, longest, dtype=torch.long)
+    mask = torch.zeros(count, longest, seen + longest, dtype=torch.bool)
+    mask[:, range(longest), range(seen, seen + longest)] = True
+    at: list[tuple[int, int]] = []
+    for number, branch in enumerate(tree.branches):
+        n = len(branch.ids)
+        ids[number, :n] = torch.tensor(branch.ids)
+        positions[number, :n] = torch.tensor(branch.positions)
+        mask[number, :n, : branch.sees] = branch.mask[:, : branch.sees]
+        mask[number, :n, seen : seen + n] = branch.mask[:, branch.sees :]
+        at += [(number, branch.first + i) for i in range(len(branch.targets))]
+    targets = [target for branch in tree.branches for target in branch.targets]
+    return Batch(
+        *(
+            tensor.to(device)
+            for tensor in (
+                torch.tensor([tree.ids], dtype=torch.long),
+                torch.tensor([tree.positions], dtype=torch.long),
+                torch.tensor(tree.plain, dtype=torch.long),
+                ids,
+                positions,
+                mask,
+                torch.tensor(at).T,
+                torch.tensor(targets),
+            )
+        )
+    )
