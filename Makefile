@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench evaluate adapter gpu clean
 
 # torch first and alone: its CPU build is enough, and a plain dependency may pull gigabytes of CUDA packages.
 $(BIN)/python:
@@ -47,6 +47,28 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.worker --json docs/benchmarks/worker.json --plot docs/benchmarks/worker.png
 	$(BIN)/python -m benchmarks.snapshots --json docs/benchmarks/snapshots.json
 	$(BIN)/python -m benchmarks.retrieval --json docs/benchmarks/retrieval.json
+
+# The evaluation texts; DATA names their folder. What is finished is kept in WORK, so a run that was stopped goes on.
+DATA ?= ../shared/data
+WORK ?= build/evaluation
+EVALUATION := docs/evaluation
+evaluate: $(VENV)/installed-test
+	$(BIN)/longstride eval perplexity --set latex_book=$(DATA)/lm/latex_book.jsonl --set freelaw=$(DATA)/lm/freelaw.jsonl \
+	    --set arxiv=$(DATA)/lm/arxiv.jsonl --set logs=$(DATA)/streams/log_apache.txt,$(DATA)/streams/log_hdfs.txt,$(DATA)/streams/log_hpc.txt,$(DATA)/streams/log_openssh.txt,$(DATA)/streams/log_spark.txt,$(DATA)/streams/log_zookeeper.txt \
+	    --corpus $(DATA)/corpus/latex_book.jsonl.gz --corpus $(DATA)/corpus/freelaw.jsonl.gz --corpus $(DATA)/corpus/arxiv.jsonl.gz \
+	    --window 368 --window 2400 --targets 1000 --work $(WORK)/perplexity \
+	    --json $(EVALUATION)/perplexity.json --markdown $(EVALUATION)/perplexity.md --plot $(EVALUATION)/perplexity.png
+	$(BIN)/longstride eval qa --set squad=$(DATA)/qa/squad.docs.jsonl,$(DATA)/qa/squad.qa.jsonl --set hotpotqa=$(DATA)/qa/hotpotqa.jsonl \
+	    --set fairytaleqa=$(DATA)/qa/fairytaleqa.docs.jsonl,$(DATA)/qa/fairytaleqa.qa.jsonl --documents 15 --questions 90 \
+	    --work $(WORK)/qa --json $(EVALUATION)/qa.json --markdown $(EVALUATION)/qa.md --plot $(EVALUATION)/qa.png
+
+# The recipe of the adapter for `end`; goes on where it was stopped.
+ADAPTER ?= build/smollm2-end
+adapter: $(VENV)/installed-test
+	$(BIN)/longstride tune marks --layout end,passages=3 --steps 260 --warmup 0.05 --dropout 0 \
+	    --corpus $(DATA)/corpus/latex_book.jsonl.gz --corpus $(DATA)/corpus/freelaw.jsonl.gz --corpus $(DATA)/corpus/arxiv.jsonl.gz \
+	    --corpus $(DATA)/corpus/stackexchange.jsonl.gz --corpus $(DATA)/books/pg1342_pride_and_prejudice.txt \
+	    --corpus $(DATA)/books/pg2701_moby_dick_or_the_whale.txt --out $(ADAPTER) --plot $(ADAPTER)/losses.png
 
 # Needs only torch and transformers; see benchmarks/gpu.py for its options.
 gpu:

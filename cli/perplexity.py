@@ -76,12 +76,14 @@ def run(
     from longstride.tuning.strides import Corpus, Shape
     from longstride.tuning.texts import texts
 
+    if frame and bos:
+        raise BadInput("--frame brings its own first token; leave --bos out")
     asked = list(LAYOUTS) if layouts is None else [Layout.parse(spelled) for spelled in layouts]
-    folders = dict(named("--adapter", spelled) for spelled in adapters or ())
+    folders = pairs("--adapter", adapters or [])
     unknown = sorted({layout.adapter for layout in asked if layout.adapter} - set(folders))
     if unknown:
         raise BadInput(f"adapter {unknown[0]!r} is named by a layout only; give its folder with --adapter NAME=FOLDER")
-    found = {name: texts(map(Path, paths.split(","))) for name, paths in (named("--set", s) for s in sets)}
+    found = {name: texts(map(Path, paths.split(","))) for name, paths in pairs("--set", sets).items()}
     if plot is not None:
         from longstride.tuning.report import need_matplotlib
 
@@ -94,12 +96,17 @@ def run(
     scorer = Scorer(opened, prompt, marks)
     loaded = {name: load_adapter(folder, opened) for name, folder in folders.items()}
     most = max((layout.passages for layout in asked), default=1)
+    shapes = [
+        Shape(window, strides, stride, query_tokens, passage_tokens, most) for window in dict.fromkeys(windows or [368])
+    ]
+    for shape in shapes:
+        for layout in asked:
+            scorer.check(layout, shape, loaded.get(layout.adapter))
     with bar("passages") as progress:
         task = progress.add_task("indexing documents", total=len(documents) or None)
         library = Corpus(documents, tokenizer, passage_tokens, lambda n: progress.advance(task, n))
     cells: list[Cell] = []
-    for window in dict.fromkeys(windows or [368]):
-        shape = Shape(window, strides, stride, query_tokens, passage_tokens, most)
+    for shape in shapes:
         for name, of in found.items():
             cells += measure(name, of, library, shape, asked, scorer, loaded, (opened, targets, seed, work))
     report(
@@ -159,12 +166,17 @@ def report(
         perplexity.plot(cells, plot)
 
 
-def named(option: str, spelled: str) -> tuple[str, str]:
-    """NAME=VALUE."""
-    name, _, value = spelled.partition("=")
-    if not name or not value:
-        raise BadInput(f"{option} {spelled!r}: write NAME=PATH")
-    return name, value
+def pairs(option: str, spelled: list[str]) -> dict[str, str]:
+    """Values by name, of NAME=VALUE each. Raises `BadInput`, also for a name that comes twice."""
+    found: dict[str, str] = {}
+    for one in spelled:
+        name, _, value = one.partition("=")
+        if not name or not value:
+            raise BadInput(f"{option} {one!r}: write NAME=PATH")
+        if name in found:
+            raise BadInput(f"{option}: {name!r} is given twice; give each its own name")
+        found[name] = value
+    return found
 
 
 def first_token(model: "Model") -> list[int]:

@@ -33,6 +33,7 @@ def marks(
     ] = "segment",
     steps: Annotated[int, typer.Option("--steps", help="Windows trained on, one a step.")] = 1000,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate at its highest.")] = 1e-3,
+    warmup: Annotated[float, typer.Option("--warmup", help="Share of the steps in which the rate rises to it.")] = 0.1,
     rank: Annotated[int, typer.Option("--rank", help="Rank of the LoRA.")] = 16,
     alpha: Annotated[int, typer.Option("--alpha", help="Its scale, times the rank.")] = 32,
     dropout: Annotated[float, typer.Option("--dropout", help="Dropout of the LoRA.")] = 0.05,
@@ -82,7 +83,7 @@ def marks(
     recipe = Recipe(
         layout=wanted, shape=shape, acts="segment" if acts == "segment" else "everywhere", steps=steps, rate=rate,
         rank=rank, alpha=alpha, dropout=dropout, modules=tuple(name for name in (modules or "").split(",") if name),
-        chance=chance, distil=distil, seed=seed,
+        warmup=warmup, chance=chance, distil=distil, seed=seed,
     )  # fmt: skip
     if plot is not None:
         need_matplotlib()
@@ -95,8 +96,13 @@ def marks(
         task = progress.add_task("indexing", total=len(documents), told="documents")
         library = Corpus(documents, plain.tokenizer, passage_tokens, lambda n: progress.advance(task, n))
         progress.update(task, description="looking for windows", total=None, told="")
+        positions = plain.model.config.max_position_embeddings
+        if shape.span + (wanted.passages + 1) * passage_tokens > positions:
+            raise BadInput(
+                f"a window of {window} with its targets and passages passes the model's {positions} positions"
+            )
         places = Places(documents, library, shape)
-        pair = chosen_marks(plain, mark_ids)
+        pair = chosen_marks(plain, mark_ids) if wanted.marks else ((), ())
         prompt = list(plain.tokenizer.frame(SYSTEM).prompt) if frame else []
         run = Run(plain, recipe, Steps(recipe, places, pair, prompt), pair, out, manifest(plain, documents))
         progress.update(task, description="training", total=steps, completed=run.step, told="steps")
@@ -124,6 +130,9 @@ def chosen_marks(plain: "PlainModel", spelled: str | None) -> "Marks":
         ids = [int(part) if part.strip().isdecimal() else -1 for part in spelled.split(",")]
         if len(ids) != 2 or ids[0] == ids[1] or not all(0 <= id_ < plain.model.config.vocab_size for id_ in ids):
             raise BadInput(f"--mark-ids {spelled!r}: write two different token ids of this model, as in 15,16")
+        frame = plain.tokenizer.frame("")
+        if {*ids} & {*plain.tokenizer.eos, *frame.prompt, *frame.answer, *frame.resume}:
+            raise BadInput(f"--mark-ids {spelled!r}: conversations use these tokens; take two that nothing uses")
         return (ids[0],), (ids[1],)
     spare = plain.spare
     if len(spare) < 2:

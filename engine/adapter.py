@@ -50,7 +50,8 @@ class Adapter:
     """What an adapter adds. `fingerprint` names everything that decides it, and no file name. `marks`: ids that stand
     left and right of passages, possibly none. `everywhere`: acts on all rows of a sequence, else on those from the
     boundary on. `tokens`: where in `embedded` [n, hidden] the input embedding of a token of its own stands. `factors`:
-    by the name of a model's product, its scale included.
+    by the name of a model's product, its scale included. `placement`: the one it was trained for, where it says so; its
+    marks, or that it has none, belong to that.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Adapter:
     tokens: Mapping[int, int]
     embedded: torch.Tensor
     factors: Mapping[str, Factors]
+    placement: str = ""
 
     def embed(self, ids: Sequence[int], rows: torch.Tensor) -> None:
         """Put the embeddings of its own tokens among `ids` into `rows` [len(ids), hidden]."""
@@ -135,7 +137,11 @@ def _load(folder: Path, model: "Model") -> Adapter:
     scales = {path: pair[2] for path, pair in pairs.items()}
     fingerprint = _fingerprint(tensors, {"everywhere": everywhere, "marks": marks, "scales": scales, "tokens": tokens})
     embedded = embedded.to(runner.device, runner.dtype)
-    return Adapter(folder.resolve().name, fingerprint, marks, everywhere, tokens, embedded, factors)
+    placement = own.get("placement")
+    return Adapter(
+        folder.resolve().name, fingerprint, marks, everywhere, tokens, embedded, factors,
+        placement if isinstance(placement, str) else "",
+    )  # fmt: skip
 
 
 def _json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -125,6 +125,7 @@ class Assistant:
                 session = await self._create(name, changed(self.settings.for_sessions(), changes))
             else:
                 session = await self._resume(stored.id, changes)
+            self.close_session(name, "it was opened with other settings")
             self._open[name] = session
             self.core.residency.admit(session.snapshot)
             return session

@@ -64,6 +64,11 @@ class Session:
         self.resumed: ResumeReport | None = None
         tokenizer = core.model.tokenizer
         self.frame = tokenizer.frame(settings.system)
+        if adapter is not None and adapter.placement in set(Placement) - {settings.placement}:
+            raise BadInput(
+                f"adapter {adapter.name} was trained for placement {adapter.placement}, and session {self.name!r} has "
+                f"{settings.placement}; open one with --placement {adapter.placement}, or take --adapter none"
+            )
         self.marks = Marks.of(tokenizer, settings.placement, adapter)
         limit = core.model.runner.max_positions
         if settings.context_tokens is not None:

@@ -110,6 +110,25 @@ class Scorer:
         measured.seconds = time.perf_counter() - started
         return measured
 
+    def check(self, layout: Layout, shape: Shape, adapter: Adapter | None) -> None:
+        """Raises `BadInput` for what the model or the adapter cannot do."""
+        if adapter is not None and not adapter.everywhere and layout.place == "prepend":
+            raise BadInput(
+                f"layout {layout}: adapter {adapter.name} acts on a segment behind the text only, so prepending is the "
+                "same without it"
+            )
+        around = sum(map(len, self._marks(layout, adapter)))
+        if layout.place == "beside" and around >= shape.passage:
+            raise BadInput(f"layout {layout}: passages of {shape.passage} tokens leave no room between the marks")
+        rows = (
+            len(self.prompt) + shape.span + (0 if layout.place == "none" else layout.passages * shape.passage + around)
+        )
+        if rows > self.runner.max_positions:
+            raise BadInput(
+                f"layout {layout}: a window of {shape.window} with its targets and passages needs {rows} positions and "
+                f"the model has {self.runner.max_positions}; take a shorter window, or fewer or shorter passages"
+            )
+
     def _plain(self, text: Ids[int], targets: list[int], adapter: Adapter | None) -> Measured:
         """Targets behind a text and nothing else."""
         length = len(text) + len(targets)
@@ -138,12 +157,13 @@ class Scorer:
         left, right = self._marks(layout, adapter)
         around = len(left) + len(right)
         total = layout.passages * shape.passage + around
+        most = shape.passage - around  # as in a session: marks beside the text take their room from the passages
         length = len(self.prompt) + shape.span + total + 8
         context = Context(
             self.prompt,
             placement=placement,
             limit=length,
-            reserved=shape.passage + around if beside else total,
+            reserved=shape.passage if beside else total,
             refresh=layout.refresh,
         )
         context.append(window.text)
@@ -155,15 +175,17 @@ class Scorer:
                 if placement is Placement.TURN:
                     context.turn = len(context.text) - shape.query  # running text has no turns: its last tokens are one
                 # beside the text each passage stands for itself, else they are one run, the best next to the text
-                pieces = [segment([p], (left, right))[0] for p in found] if beside else segment(found, (left, right))
+                each = [[passage[:most]] for passage in found] if beside else [found]
+                pieces = [piece for one in each for piece in segment(one, (left, right))]
                 sequence.rewrite(pieces)
             losses += follow(self.runner, sequence, stride.targets)
         return Measured(losses, sequence.computed)
 
     def _marks(self, layout: Layout, adapter: Adapter | None) -> tuple[Ids[int], Ids[int]]:
-        if not layout.marks:
-            return (), ()
-        return adapter.marks if adapter is not None and any(adapter.marks) else self.marks
+        """As `scheduler.marks.Marks` has them: an adapter's own, else words where the layout has any."""
+        if adapter is not None and (adapter.placement or any(adapter.marks)):
+            return adapter.marks
+        return self.marks if layout.marks else ((), ())
 
 
 def segment(passages: Ids[list[int]], marks: tuple[Ids[int], Ids[int]]) -> list[list[int]]:

@@ -1,7 +1,5 @@
 """The evaluation grid: perplexity of texts under each layout, with intervals, and what each costs."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,11 +8,13 @@ from typing import Any
 from longstride.engine.adapter import Adapter
 from longstride.engine.model import Model
 from longstride.tuning import statistics
+from longstride.tuning.kept import Kept
 from longstride.tuning.layouts import Layout, Measured, Scorer
-from longstride.tuning.report import markdown, pyplot, save, write_json
+from longstride.tuning.report import markdown, pyplot, save
 from longstride.tuning.statistics import Interval
 from longstride.tuning.strides import Shape, Window
 
+FORMAT = 1  # of what is kept; another number wherever the same layout would now give other losses
 BASE = Layout("none")
 # What the issue of placements turns on: where, how many, how much is read again, and whether a useless passage harms.
 LAYOUTS = tuple(
@@ -91,7 +91,7 @@ class Grid:
         self.shape = shape
         self.scorer = scorer
         self.adapters = adapters
-        self.work = work
+        self.kept = Kept(work)
 
     def measure(
         self, name: str, windows: Sequence[Window], layout: Layout, progress: Callable[[], None] = lambda: None
@@ -107,18 +107,18 @@ class Grid:
 
     def _measured(self, window: Window, layout: Layout) -> Measured:
         adapter = self.adapters[layout.adapter] if layout.adapter else None
-        path = None if self.work is None else self.work / f"{self._identity(window, layout, adapter)}.json"
-        if path is not None and path.is_file():
-            return Measured(**json.loads(path.read_text(encoding="utf-8")))
+        identity = self._identity(window, layout, adapter)
+        found = self.kept.get(identity, layout.place, lambda part: Measured(**part))
+        if found is not None:
+            return found
         measured = self.scorer.score(window, layout, self.shape, adapter)
-        if path is not None:
-            write_json(path, asdict(measured))
+        self.kept.put(identity, layout.place, asdict(measured))
         return measured
 
-    def _identity(self, window: Window, layout: Layout, adapter: Adapter | None) -> str:
-        """Names everything that decides a result."""
-        parts = {
-            "format": 1,
+    def _identity(self, window: Window, layout: Layout, adapter: Adapter | None) -> dict[str, Any]:
+        """Everything that decides a result."""
+        return {
+            "format": FORMAT,
             "model": self.model.fingerprint,
             "adapter": None if adapter is None else adapter.fingerprint,
             "layout": {**asdict(layout), "adapter": ""},
@@ -128,7 +128,6 @@ class Grid:
             "text": window.text,
             "strides": [asdict(stride) for stride in window.strides],
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -144,6 +143,7 @@ def table(cells: Sequence[Cell]) -> str:
                 cell.window,
                 str(cell.layout),
                 cell.targets,
+                len(set(cell.documents)),
                 _shown(cell.perplexity()),
                 f"{cell.word_perplexity().value:.1f}",
                 _shown(cell.against(base)) if base is not None else "",
@@ -152,8 +152,8 @@ def table(cells: Sequence[Cell]) -> str:
             ]
         )
     headers = (
-        "set", "window", "layout", "targets", "perplexity [95 %]", "a word", "against none [95 %]", "rows a target",
-        "ms a target",
+        "set", "window", "layout", "targets", "texts", "perplexity [95 %]", "a word", "against none [95 %]",
+        "rows a target", "ms a target",
     )  # fmt: skip
     return markdown(headers, rows)
 

@@ -4,8 +4,6 @@ A text is read once for each shape of context and then asked about; what it cost
 view is noted for each question. Finished parts are kept, so that an interrupted evaluation goes on.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -19,9 +17,9 @@ from longstride.scheduler.answer import Answer, Source
 from longstride.scheduler.assistant import Assistant
 from longstride.scheduler.session import Session
 from longstride.tuning import scores
+from longstride.tuning.kept import Kept
 from longstride.tuning.prepend import prepended
 from longstride.tuning.questions import Case, Gold, Question, QuestionSet
-from longstride.tuning.report import write_json
 from longstride.tuning.systems import Setup, System
 
 FORMAT = 1  # of what is kept; another number: nothing kept is used again
@@ -121,7 +119,7 @@ class Evaluation:
         self.assistant = assistant
         self.setup = setup
         self.systems = systems
-        self.work = work
+        self.kept = Kept(work)
         self.adapters = {system.name: setup.load_adapter(system, assistant.model) for system in systems}
         for system in systems:
             setup.check(system, assistant.model, self.adapters[system.name])
@@ -223,29 +221,12 @@ class Evaluation:
             "case": case.sha256,
         }
 
-    def _path(self, identity: dict[str, Any]) -> Path | None:
-        if self.work is None:
-            return None
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return self.work / f"{identity['set']}-{identity['system']['name'].replace(':', '-')}-{digest[:20]}.json"
-
     def _kept(self, name: str, case: Case, system: System) -> Part | None:
         """The part, if it was finished before with these very settings."""
-        identity = self._identity(name, case, system)
-        path = self._path(identity)
-        if path is None or not path.is_file():
-            return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return Part.from_dict(data["part"]) if data["identity"] == identity else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # damaged: asked again and written anew
+        return self.kept.get(self._identity(name, case, system), f"{name}-{system.name}", Part.from_dict)
 
     def _keep(self, case: Case, system: System, part: Part) -> None:
-        identity = self._identity(part.set, case, system)
-        path = self._path(identity)
-        if path is not None:
-            write_json(path, {"identity": identity, "part": asdict(part)})
+        self.kept.put(self._identity(part.set, case, system), f"{part.set}-{system.name}", asdict(part))
 
 
 def _record(question: Question, system: System, answer: Answer, view: View, saved: int, seconds: float) -> Record:

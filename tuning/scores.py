@@ -11,8 +11,8 @@ _WORD = re.compile(r"\w+")
 _GOLD_LETTERS = re.compile(r"\(([A-Z])\)")
 _LETTERS = (
     re.compile(r"\(([A-Z])\)"),  # (B)
-    re.compile(r"^\W*([A-Z])\s*(?:[).:,]|$)"),  # B. or B alone, at the beginning
-    re.compile(r"(?:answer|choice|option)\W+(?:is\W+)?([A-Z])\b", re.IGNORECASE),
+    re.compile(r"^\W*([A-Z])\s*(?:[).:,\n]|$)"),  # B. or B alone, at the beginning
+    re.compile(r"(?i:answer|choice|option)\W+(?i:is\W+)?([A-Z])\b"),  # "The answer is a dog" chooses nothing
 )
 OPPOSITES = ({"yes", "no"}, {"true", "false"})
 

@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,8 @@ from longstride.scheduler.passages import StreamSplitter, split_text
 from longstride.tuning.texts import Text
 
 Ids = list[int]
+LEAST_WINDOW = 8
+KNOWN = 16  # best passages that no chance passage may be one of
 LEAST_PAST = 512  # tokens before a window, where a text is long enough, so that it has a past to retrieve from
 
 
@@ -33,6 +34,15 @@ class Shape:
     query: int = 32
     passage: int = 128
     passages: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.window, self.strides, self.stride, self.query, self.passage, self.passages) < 1:
+            raise BadInput("window, strides, stride, query, passage and passages are numbers from 1 on")
+        if self.query > self.window or self.window < LEAST_WINDOW:
+            raise BadInput(
+                f"a window of {self.window} tokens must have {LEAST_WINDOW} at least, and the query's {self.query}; "
+                "take a longer window or a shorter query"
+            )
 
     @property
     def span(self) -> int:
@@ -75,12 +85,13 @@ class Corpus:
         self.tokenizer = tokenizer
         self.passage = passage
         self.bodies: list[str] = []
-        self.owners: list[str] = []  # each passage's document
+        self.owners: list[int] = []  # each passage's text, by its number in `known`
+        self.known: dict[str, int] = {}  # texts by their content
         self.index = PassageIndex()
         for text in texts:
             spans = split_text(text.body, tokenizer, passage)
             self.bodies += [text.body[a:b] for a, b in spans]
-            self.owners += [text.sha256] * len(spans)
+            self.owners += [self.known.setdefault(text.sha256, len(self.known))] * len(spans)
             progress(1)
         if self.bodies:
             self.index.add(self.bodies)
@@ -89,11 +100,11 @@ class Corpus:
         """A passage's token ids."""
         return self.tokenizer.encode(self.bodies[number])[: self.passage]
 
-    def without(self, text: Text) -> tuple[Selection, "np.ndarray[Any, np.dtype[np.intp]]"]:
-        """All passages but those of one text, and their numbers: a text that is in the corpus itself must not be found
-        from behind the window."""
-        mask = np.array(self.owners, np.str_) != text.sha256
-        return self.index.select(mask), np.flatnonzero(mask)
+    def without(self, text: Text) -> Selection:
+        """All passages but those of one text: one that is in the corpus itself must not be found from behind the
+        window."""
+        mask = np.array(self.owners, np.int64) != self.known.get(text.sha256, -1)
+        return self.index.select(mask)
 
 
 class Past:
@@ -117,11 +128,6 @@ class Past:
             index.add([self.corpus.tokenizer.decode(self.ids[a:b]) for a, b in self.spans])
         return index
 
-    @cached_property
-    def others(self) -> tuple[Selection, "np.ndarray[Any, np.dtype[np.intp]]"]:
-        """See `Corpus.without`."""
-        return self.corpus.without(self.text)
-
     def window(self, start: int, shape: Shape, seed: int, *, oracle: bool = True) -> Window:
         """The window that begins at token `start`, with what is retrieved for each of its strides."""
         rng = random.Random(f"{seed} {self.text.name} {start}")  # noqa: S311 - the same passages again, not secret ones
@@ -130,13 +136,15 @@ class Past:
         for at in range(first, start + shape.span, shape.stride):
             targets = self.ids[at : at + shape.stride]
             query = self.ids[at - shape.query : at]
-            found = self._search(query, start, shape.passages)
+            known = self._search(query, start, max(KNOWN, shape.passages))
             # not one that was found: that would be no chance passage where a text repeats itself
-            chance = self._chance(start, shape.passages, set(found), rng)
+            chance = self._chance(start, known, rng)[: shape.passages]
             best = self._search([*query, *targets], start, shape.passages) if oracle else []
-            strides.append(Stride(targets, *(tuple(map(self._passage, hits)) for hits in (found, chance, best))))
-        words = len(self.corpus.tokenizer.decode(self.ids[first : start + shape.span]).split())
-        return Window(self.text.name, start, self.ids[start:first], tuple(strides), words)
+            hits = known[: shape.passages], chance, best
+            strides.append(Stride(targets, *(tuple(map(self._passage, one)) for one in hits)))
+        decode = self.corpus.tokenizer.decode
+        words = len(decode(self.ids[start : start + shape.span]).split()) - len(decode(self.ids[start:first]).split())
+        return Window(f"{self.text.name} {self.text.sha256[:8]}", start, self.ids[start:first], tuple(strides), words)
 
     def _past(self, start: int) -> int:
         """How many passages end at or before `start`."""
@@ -145,7 +153,7 @@ class Past:
     def _search(self, query: Ids, start: int, count: int) -> list[tuple[int, int]]:
         """(0 corpus or 1 past, number) of the best passages with a score above 0, best first."""
         mask = np.ones(self._past(start), np.bool_)
-        selections = [self.others[0], self.index.select(mask)]
+        selections = [self.corpus.without(self.text), self.index.select(mask)]
         hits = [
             (-float(values[i]), s, int(i))
             for s, values in enumerate(scores(selections, self.corpus.tokenizer.decode(query)))
@@ -153,13 +161,16 @@ class Past:
         ]
         return [(s, i) for _, s, i in sorted(hits)[:count]]
 
-    def _chance(self, start: int, count: int, found: set[tuple[int, int]], rng: random.Random) -> list[tuple[int, int]]:
-        """Passages of the past at random where it has enough, else of the corpus."""
-        past = [(1, i) for i in range(self._past(start)) if (1, i) not in found]
-        numbers = self.others[1]
-        if len(past) < count:
-            past += [(0, int(rng.choice(numbers))) for _ in range(count if len(numbers) else 0)]
-        return rng.sample(past, min(count, len(past)))
+    def _chance(self, start: int, known: list[tuple[int, int]], rng: random.Random) -> list[tuple[int, int]]:
+        """Passages that were not found, in an order of chance: of the past where it has any, else of the corpus."""
+        found = set(known)
+        drawn = [(1, i) for i in range(self._past(start)) if (1, i) not in found]
+        if not drawn:
+            own = self.corpus.known.get(self.text.sha256, -1)
+            numbers = rng.sample(range(self.corpus.index.size), min(4 * KNOWN, self.corpus.index.size))
+            return [(0, i) for i in numbers if (0, i) not in found and self.corpus.owners[i] != own]
+        rng.shuffle(drawn)
+        return drawn
 
     def _passage(self, hit: tuple[int, int]) -> Ids:
         source, number = hit
@@ -176,8 +187,8 @@ class Places:
         self.pasts: list[Past] = []
         self.starts: list[list[int]] = []
         for text in texts:
-            if len(text.body) < shape.span:
-                continue  # a token has one character at least
+            if len(text.body.encode()) < shape.span:
+                continue  # a token has one byte at least
             past = Past(text, corpus)
             least = min(LEAST_PAST, len(past.ids) - shape.span)
             if least >= 0:

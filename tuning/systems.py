@@ -95,7 +95,9 @@ class Setup:
             return None
         auto = self.adapter == "auto"
         folder = shipped_adapter(model.name, asked.placement) if auto else Path(self.adapter)
-        return None if folder is None else load_adapter(folder, model)
+        adapter = None if folder is None else load_adapter(folder, model)
+        # one that was trained for another placement would be no fair comparison, and no session would take it
+        return adapter if adapter is not None and adapter.placement in {"", asked.placement} else None
 
     def for_session(self, placement: Placement, model: Model, adapter: Adapter | None = None) -> dict[str, Any]:
         """Settings of a session: greedy, undrafted, with a window; all but its adapter.

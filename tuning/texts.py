@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,4 +93,5 @@ def _articles(name: str, body: str) -> list[Text]:
     starts = [match.start() for match in ARTICLE.finditer(body)]
     if len(starts) < 2:
         return [Text(name, body)]
-    return [Text(f"{name}:{a}", body[a:b]) for a, b in zip(starts, [*starts[1:], len(body)], strict=True)]
+    cuts = [*([0] if body[: starts[0]].strip() else []), *starts, len(body)]
+    return [Text(f"{name}:{a}", body[a:b]) for a, b in pairwise(cuts)]

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,12 +26,13 @@ from longstride.tuning.recipe import Marks, Recipe, Steps
 from longstride.tuning.report import pyplot, save, write_json
 from longstride.tuning.trees import Batch, Tree, batch, tree
 
-CHECKPOINT = "checkpoint"
+CHECKPOINT, WEIGHTS = "checkpoint", "adapter_model.safetensors"
 EVERY = 25  # steps between checkpoints
 
 
-def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[int], list[int]]) -> Any:
-    """The base model with a fresh LoRA, and trainable rows for the marks that start as the mean of `words`.
+def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[int], list[int]]) -> tuple[Any, Any]:
+    """The base model with a fresh LoRA, and trainable rows for the marks that start as the mean of `words`; and its
+    head from before: peft trains a tied one along with the marks, and at run time the head is the base's.
 
     Raises `BadInput` for target modules that the model does not have.
     """
@@ -38,7 +40,7 @@ def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[in
 
     torch.manual_seed(recipe.seed)
     own = sorted({id_ for mark in marks for id_ in mark})
-    embedding = plain.model.get_input_embeddings()
+    embedding, head = plain.model.get_input_embeddings(), plain.model.get_output_embeddings()
     name = next(name for name, module in plain.model.named_modules() if module is embedding)
     config = LoraConfig(
         r=recipe.rank,
@@ -49,10 +51,13 @@ def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[in
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in plain.model.modules()),  # GPT-2's layers
         task_type="CAUSAL_LM",
     )
+    _check_modules(plain.model, recipe.modules)
     with torch.no_grad():
         starts = [embedding.weight[word].mean(0).clone() for word in words]
     try:
-        model = get_peft_model(plain.model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it now calls otherwise
+            model = get_peft_model(plain.model, config)
     except ValueError as error:
         raise BadInput(f"modules {', '.join(recipe.modules)}: {str(error).splitlines()[0]}") from error
     rows = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
@@ -64,21 +69,32 @@ def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[in
     for module_name, module in model.named_modules():
         if module_name.endswith("lora_dropout"):
             module.train()  # the base's own dropout, where it has one, stays off
-    return model
+    return model, head
+
+
+def _check_modules(model: Any, modules: tuple[str, ...]) -> None:
+    """Raises `BadInput` for a name that is no linear layer inside the model (the head stays the base's)."""
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if type(m).__name__ in {"Linear", "Conv1D"} and m is not head]
+    for name in modules:
+        if not any(f".{path}".endswith(f".{name}") for path in linear):
+            known = sorted({path.rpartition(".")[2] for path in linear})
+            raise BadInput(f"module {name!r} is no linear layer of this model; it has {', '.join(known)}")
 
 
 class Losses:
-    """Forward passes over trees."""
+    """Forward passes over trees, of what `attach` gave."""
 
-    def __init__(self, model: Any, recipe: Recipe) -> None:
+    def __init__(self, model: Any, head: Any, recipe: Recipe) -> None:
         self.model = model
+        self.head = head
         self.plain = model.get_base_model()
         self.everywhere = recipe.acts == "everywhere"
         self.device: torch.device = next(model.parameters()).device
         self.dtype = self.plain.dtype
 
     def __call__(self, tree: Tree) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [targets, vocabulary] of a tree's branches; and the base's without retrieval, where it has text."""
+        """Logits [targets, vocabulary] of a tree's branches; and the base's without retrieval, where it has rows."""
         data = batch(tree, self.device)
         past, base = None, None
         if tree.ids:
@@ -87,7 +103,7 @@ class Losses:
                 past, base = self._text(data)
             past.batch_repeat_interleave(len(tree.branches))
         hidden = self._hidden(data.ids, data.positions, self._bias(data.mask), past)
-        return self._logits(hidden[data.at[0], data.at[1]]), base
+        return self._logits(hidden[data.at[0], data.at[1]]), None if self.everywhere else base
 
     def _text(self, data: Batch) -> tuple[Any, torch.Tensor]:
         from transformers import DynamicCache
@@ -113,7 +129,7 @@ class Losses:
         return hidden
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.plain.get_output_embeddings()(hidden).float()
+        logits: torch.Tensor = self.head(hidden).float()
         return logits
 
 
@@ -125,10 +141,10 @@ class Run:
         self.recipe = recipe
         self.steps = steps
         self.out = out
-        self.marks = marks
+        self.marks = marks if recipe.layout.marks else ((), ())
         self.manifest = manifest
-        self.model = attach(plain, recipe, marks if recipe.layout.marks else ((), ()), (words[0], words[1]))
-        self.losses = Losses(self.model, recipe)
+        self.model, head = attach(plain, recipe, self.marks, (words[0], words[1]))
+        self.losses = Losses(self.model, head, recipe)
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=recipe.rate, weight_decay=0.0)
         self.log: list[dict[str, float]] = []
@@ -154,16 +170,18 @@ class Run:
         recipe = self.recipe
         torch.manual_seed(recipe.seed * 1_000_003 + step)  # dropout
         window, sample = self.steps(step)
-        grown = tree(window, sample, recipe.shape.query)
+        grown = tree(window, sample, recipe.shape)
         logits, base = self.losses(grown)
         targets = torch.tensor([t for b in grown.branches for t in b.targets], device=logits.device)
         loss = functional.cross_entropy(logits, targets)
         whole = loss
         line = {"loss": loss.item()}
+        if not math.isfinite(line["loss"]):
+            raise ModelError(f"the loss of step {step} is not finite; train again with a lower --rate")
         if base is not None:
             line["none"] = functional.cross_entropy(base, targets).item()
             weight = recipe.distil * (1 - step / recipe.steps)
-            if weight and recipe.acts == "segment":
+            if weight:
                 ours, theirs = functional.log_softmax(logits, -1), functional.log_softmax(base, -1)
                 whole = whole + weight * functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,7 +195,14 @@ class Run:
     # --- what outlives a kill ---
 
     def _identity(self) -> dict[str, Any]:
-        return {"recipe": self.recipe.describe(), "data": self.manifest["data"], "base": self.manifest["base"]}
+        """All that decides the outcome."""
+        own = ("base", "vocabulary", "data", "device", "dtype", "torch", "transformers", "peft")
+        return {
+            "recipe": self.recipe.describe(),
+            "marks": [list(mark) for mark in self.marks],
+            "prompt": list(self.steps.prompt),
+            **{name: self.manifest[name] for name in own if name in self.manifest},
+        }
 
     def _save(self) -> None:
         tensors = {f"value.{name}": p.detach().contiguous() for name, p in self.parameters.items()}
@@ -197,10 +222,10 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
 
     def _resume(self) -> None:
+        if (self.out / WEIGHTS).exists():
+            raise BadInput(f"{self.out} holds an adapter already; name another folder, or remove it")
         folder = next((f for f in (self.out / CHECKPOINT, self.out / f".{CHECKPOINT}.old") if f.is_dir()), None)
         if folder is None:
-            if (self.out / "adapter_model.safetensors").exists():
-                raise BadInput(f"{self.out} holds an adapter already; name another folder, or remove it")
             return
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -225,28 +250,28 @@ class Run:
                 }
 
     def _finish(self) -> None:
-        """Write the adapter (fp16 holds it well and halves it) and drop the checkpoint."""
-        if not all(math.isfinite(line["loss"]) for line in self.log):
-            raise ModelError("the loss is not finite any more; train again with a lower --rate")
-        self.model.save_pretrained(self.out, save_embedding_layers=False)
-        path = self.out / "adapter_model.safetensors"
-        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
-        (self.out / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        seconds = sum(line["seconds"] for line in self.log)
-        write_json(
-            self.out / "longstride.json",
-            {
-                "format": 1,
-                "acts": self.recipe.acts,
-                "marks": [list(mark) for mark in (self.marks if self.recipe.layout.marks else ((), ()))],
-                **self.manifest,
-                "recipe": self.recipe.describe(),
-                "targets": int(sum(line["targets"] for line in self.log)),
-                "seconds": round(seconds),
-            },
-        )
-        write_json(self.out / "losses.json", self.log)
-        shutil.rmtree(self.out / CHECKPOINT, ignore_errors=True)
+        """Write the adapter (fp16 holds it well and halves it), its weights last, then drop the checkpoints."""
+        self._save()  # a short run has none yet, and what follows may be killed too
+        scratch = self.out / ".finished"
+        shutil.rmtree(scratch, ignore_errors=True)
+        self.model.save_pretrained(scratch, save_embedding_layers=False)
+        tensors = {name: tensor.half() for name, tensor in load_file(scratch / WEIGHTS).items()}
+        save_file(tensors, scratch / WEIGHTS)
+        own = {
+            "format": 1,
+            "acts": self.recipe.acts,
+            "placement": self.recipe.layout.place,
+            **self.manifest,
+            **self._identity(),
+            "targets": int(sum(line["targets"] for line in self.log)),
+            "seconds": round(sum(line["seconds"] for line in self.log)),
+        }
+        write_json(scratch / "longstride.json", own)
+        write_json(scratch / "losses.json", self.log)
+        for name in ("longstride.json", "losses.json", "adapter_config.json", WEIGHTS):
+            (scratch / name).replace(self.out / name)
+        for name in (".finished", CHECKPOINT, f".{CHECKPOINT}.old"):
+            shutil.rmtree(self.out / name, ignore_errors=True)
 
 
 def rate(recipe: Recipe, step: int) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from longstride.engine.context import Context, Placement
 from longstride.tuning.layouts import Layout, segment
-from longstride.tuning.strides import Window
+from longstride.tuning.strides import Shape, Window
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Batch:
 
 @dataclass
 class Sample:
-    """What stands in the strides of one window, as drawn for a step: `passages` of each stride, at most `most` tokens
-    long in all for placements in one run, `reserved` for `beside`."""
+    """What stands in a window's strides, as drawn for a step: `passages` of each, between `marks`; `prompt`: ids before
+    the text."""
 
     layout: Layout
     passages: list[list[list[int]]]
@@ -71,8 +71,8 @@ class Sample:
     prompt: list[int] = field(default_factory=list)
 
 
-def tree(window: Window, sample: Sample, turn: int) -> Tree:
-    """The tree of a window. `turn`: tokens at the end of the text that count as a turn (`turn` placement)."""
+def tree(window: Window, sample: Sample, shape: Shape) -> Tree:
+    """The tree of a window."""
     layout = sample.layout
     text = [*sample.prompt, *window.text]
     if layout.place == "none":
@@ -89,13 +89,13 @@ def tree(window: Window, sample: Sample, turn: int) -> Tree:
     placement = Placement(layout.place)
     beside = placement is Placement.BESIDE
     around = sum(map(len, sample.marks))
-    longest = max((len(passage) for passages in sample.passages for passage in passages), default=0)
+    most = shape.passage - around  # as in a session: marks beside the text take their room from the passages
     whole = max((sum(map(len, passages)) for passages in sample.passages), default=0)
     context = Context(
         text[: len(sample.prompt)],
         placement=placement,
         limit=1 << 30,
-        reserved=around + (longest if beside else whole),
+        reserved=shape.passage if beside else around + whole,
         refresh=layout.refresh,
     )
     context.append(text[len(sample.prompt) :])
@@ -105,9 +105,9 @@ def tree(window: Window, sample: Sample, turn: int) -> Tree:
             context.append(stride.targets)  # nothing was found: the stride is plain text, as it is in a session
             continue
         if placement is Placement.TURN:
-            context.turn = len(context.text) - turn
-        pieces = [segment([p], sample.marks)[0] for p in passages] if beside else segment(passages, sample.marks)
-        context.rewrite(pieces)
+            context.turn = len(context.text) - shape.query
+        each = [[passage[:most]] for passage in passages] if beside else [passages]
+        context.rewrite([piece for one in each for piece in segment(one, sample.marks)])
         plain += range(len(context.text) - 1, len(context.text) + len(stride.targets) - 1)
         context.append(stride.targets[:-1])
         branches.append(_branch(context, stride.targets))

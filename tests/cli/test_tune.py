@@ -14,7 +14,6 @@ from tests.tuning.test_training import plain
 
 SIZES = ["--window", "40", "--strides", "2", "--stride", "6", "--query-tokens", "12", "--passage-tokens", "16"]
 TRAINED = ["--steps", "3", "--rank", "4", "--layout", "end,passages=2"]
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture
@@ -81,11 +80,18 @@ def test_what_was_measured_is_not_measured_again(folder):
     kept = sorted((folder / "work").iterdir())
     assert len(kept) == 2 * 3
     for file in kept:  # seconds are where it shows
-        file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 1000.0}))
+        kept_part = json.loads(file.read_text())
+        kept_part["part"]["seconds"] = 1000.0
+        file.write_text(json.dumps(kept_part))
     perplexity(folder, *arguments)
     again = json.loads((folder / "r.json").read_text())["cells"]
     assert [cell["seconds"] for cell in again] == [3000.0, 3000.0]
     assert [cell["losses"] for cell in again] == [cell["losses"] for cell in first]
+    kept[0].write_text(kept[0].read_text()[:-30])  # damaged: measured anew
+    assert perplexity(folder, *arguments).exit_code == 0
+    cells = json.loads((folder / "r.json").read_text())["cells"]
+    assert [cell["losses"] for cell in cells] == [cell["losses"] for cell in first]
+    assert min(cell["seconds"] for cell in cells) < 3000.0
     perplexity(folder, *arguments, "--bos")  # other inputs, other results
     assert json.loads((folder / "r.json").read_text())["cells"][0]["losses"] != first[0]["losses"]
 
@@ -102,12 +108,18 @@ def test_without_layouts_the_default_grid_is_measured(folder):
         (["--layout", "none,adapter=mine"], "adapter 'mine' is named by a layout only"),
         (["--adapter", "mine"], "write NAME=PATH"),
         (["--layout", "middle"], "'middle' is none of"),
-        (["--window", "4000"], "no text has the 4012 tokens"),
+        (["--window", "40", "--window", "990"], "needs 1050 positions and the model has 1024"),
+        (["--set", "short=SHORT"], "no text has the 52 tokens"),
+        (["--set", "test=other"], "'test' is given twice"),
+        (["--frame", "--bos"], "leave --bos out"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(folder, arguments, message):
+    (folder / "short.txt").write_text("Too short.")
+    arguments = [str(a).replace("SHORT", str(folder / "short.txt")) for a in arguments]
     with pytest.raises(BadInput, match=message):
-        perplexity(folder, *arguments)
+        perplexity(folder, *arguments, "--work", folder / "work")
+    assert not (folder / "work").exists() or "short" in arguments[-1]  # refused before the work
 
 
 @pytest.mark.parametrize(
@@ -119,6 +131,9 @@ def test_a_grid_that_cannot_be_is_refused(folder, arguments, message):
         (["--acts", "nowhere"], "segment or everywhere"),
         (["--mark-ids", "5,5"], "two different token ids"),
         (["--mark-ids", "5,9999"], "two different token ids"),
+        (["--mark-ids", "5,257"], "conversations use these tokens"),
+        (["--window", "1000"], "passes the model's 1024 positions"),
+        (["--query-tokens", "41"], "and the query's 41"),
     ],
 )
 def test_a_training_that_cannot_be_is_refused(folder, arguments, message):

@@ -8,7 +8,7 @@ import pytest
 
 from longstride import Assistant
 from longstride.engine.context import Placement
-from longstride.errors import BadInput, ModelError
+from longstride.errors import BadInput, ModelError, StorageError
 from longstride.scheduler import assistant as assistant_module
 from tests.lora import own_file, save_adapter
 from tests.tiny import tiny_assistant_model
@@ -203,3 +203,29 @@ async def test_an_adapter_that_cannot_be_used_makes_no_session(tmp_path):
         assert not await assistant.has_session("s")
         with pytest.raises(BadInput, match="adapter"):
             await assistant.session("s", adapter="")
+
+
+async def test_an_adapter_goes_with_the_placement_that_it_was_trained_for(tmp_path):
+    save_adapter(tmp_path / "end", seed=5, own=own_file(placement="end"), trainable_token_indices=[262, 263])
+    save_adapter(tmp_path / "bare", seed=6, own=own_file(marks=([], []), placement="end"))
+    async with opened(tmp_path) as assistant:
+        with pytest.raises(BadInput, match="was trained for placement end, and session 'b' has beside"):
+            await assistant.session("b", adapter=str(tmp_path / "end"))
+        assert not await assistant.has_session("b")
+        session = await assistant.session("e", placement="end", adapter=str(tmp_path / "end"))
+        assert (session.marks.left, session.marks.right) == ((262,), (263,))
+        # trained without marks: words in their place would be something else
+        session = await assistant.session("bare", placement="end", adapter=str(tmp_path / "bare"))
+        assert session.marks.size == 0
+
+
+async def test_a_session_opened_with_another_adapter_lets_go_of_the_one_before(tmp_path, folders):
+    async with opened(tmp_path) as assistant:
+        before = await assistant.session("s", adapter=str(folders / "x"))
+        await before.feed(TEXT[:200])
+        after = await assistant.session("s", adapter=str(folders / "y"))
+        assert before.snapshot.held_bytes == 0
+        with pytest.raises(StorageError, match="it was opened with other settings"):
+            await before.feed(TEXT[:50])
+        await after.feed(TEXT[200:300])
+        assert after.tokens == 300

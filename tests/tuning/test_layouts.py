@@ -1,5 +1,7 @@
 """Layouts: spelling, and the losses of each against one plain forward over the same rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -67,10 +69,11 @@ def expected(layout: Layout, source: str) -> list[float]:
             ids = [*text[:boundary], *run, *text[boundary:], *tail]
             out += plain_losses(ids, *causal(ids), stride.targets)
         else:
-            pieces = [[*left, *p, *right] for p in found]
+            room = SHAPE.passage - len(left) - len(right)  # marks take theirs from the passages
+            pieces = [[*left, *p[:room], *right] for p in found]
             rows = sum(map(len, pieces))
             ids = [*text[:boundary], *(i for p in pieces for i in p), *text[boundary:], *tail]
-            sink, reserved = len(PROMPT), SHAPE.passage + len(left) + len(right)
+            sink, reserved = len(PROMPT), SHAPE.passage
             places = [i if i < sink else i + reserved for i in range(len(text) + len(tail))]
             positions = [*places[:boundary], *(sink + i for p in pieces for i in range(len(p))), *places[boundary:]]
             visible = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
@@ -126,6 +129,26 @@ def test_an_adapter_changes_the_strides_and_brings_its_marks(tmp_path):
     assert plain.encoded - adapted.encoded == 3  # three marks of words a stride against two of the adapter's
     none = Layout.parse("none")
     assert scorer.score(window(), none, SHAPE, adapter).losses == scorer.score(window(), none, SHAPE).losses
+
+
+def test_what_the_model_or_an_adapter_cannot_do_is_refused(tmp_path):
+    save_adapter(tmp_path, own=own_file("segment"))
+    model = tiny_loaded("llama")
+    scorer, adapter = Scorer(model, PROMPT, MARKS), load_adapter(tmp_path, model)
+    with pytest.raises(BadInput, match="prepending is the same without it"):
+        scorer.check(Layout.parse("prepend"), SHAPE, adapter)
+    with pytest.raises(BadInput, match="needs 1121 positions and the model has 1024"):
+        scorer.check(Layout.parse("end,marks=false"), replace(SHAPE, window=1092), None)
+    with pytest.raises(BadInput, match="no room between the marks"):
+        scorer.check(Layout.parse("beside,marks=true"), replace(SHAPE, passage=3), None)
+    for spelled in ("none", "prepend", "end,passages=2", "beside"):
+        scorer.check(Layout.parse(spelled), SHAPE, None)
+
+
+@pytest.mark.parametrize("wrong", [{"query": 31}, {"window": 7, "query": 7}, {"stride": 0}, {"passages": 0}])
+def test_a_shape_that_cannot_be_is_refused(wrong):
+    with pytest.raises(BadInput, match=r"numbers from 1 on|must have 8 at least"):
+        replace(SHAPE, **wrong)
 
 
 @given(
