@@ -93,9 +93,8 @@ def main() -> None:
     passages = [torch.randint(3, configs[0].vocab_size, (options.passage,)).tolist() for _ in range(options.rounds + 1)]
 
     def read(placement: Placement) -> Sequence:
-        context = Context(
-            ids[:PROMPT], placement=placement, limit=8192, reserved=options.passage, refresh=REFRESH
-        )  # fmt: skip
+        refresh = REFRESH if placement is Placement.BESIDE else 0  # `end` as FlashBack has it
+        context = Context(ids[:PROMPT], placement=placement, limit=8192, reserved=options.passage, refresh=refresh)
         store = MemoryPieces("random", 8 << 30)
         sequence = Sequence(runner, context, max_rows=8192, store=store)
         context.append(ids[PROMPT:])

@@ -132,7 +132,7 @@ class Ours:
         runner, corpus = self.model.runner, self.corpus
         context = Context(
             corpus.ids[:PROMPT], placement=self.placement, limit=runner.max_positions, reserved=self.passage,
-            refresh=REFRESH,
+            refresh=REFRESH if self.placement is Placement.BESIDE else 0,  # `end` as FlashBack has it
         )  # fmt: skip
         store = MemoryPieces(self.model.fingerprint, 0 if self.seen == "none" else 4 << 30)
         self.sequence = Sequence(runner, context, max_rows=runner.max_positions + self.passage, store=store)

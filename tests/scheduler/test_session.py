@@ -56,7 +56,7 @@ async def test_a_rewrite_computes_the_tail_and_the_segment_and_never_the_stream(
             assert usage.rewritten == usage.rewrites * (4 + 8)  # stride + refresh, passages for nothing
         elif placement is Placement.END:
             marks = session.marks.size
-            assert usage.rewritten <= usage.rewrites * (4 + passages + marks)
+            assert usage.rewritten <= usage.rewrites * (4 + 8 + passages + marks)
         else:
             tail = len("\n\nthing1 thing2 thing3?") + 1 + 12
             assert usage.rewritten <= usage.rewrites * (tail + passages + session.marks.size)
