@@ -39,7 +39,12 @@ Adapter = Annotated[
     typer.Option("--adapter", help="A folder with a LoRA adapter, none, or auto.", show_default="auto"),
 ]
 Window = Annotated[
-    str | None, typer.Option("--window", help="When the context is full: refuse or sinks.", show_default="refuse")
+    str | None,
+    typer.Option(
+        "--window",
+        help="When the context is full: refuse, or slide (sinks); separators, cascade and anchors keep fewer rows too.",
+        show_default="refuse",
+    ),
 ]
 Collections = Annotated[
     list[str] | None,

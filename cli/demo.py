@@ -10,8 +10,8 @@ CHAPTER = "alice_chapters_1_2.txt"
 # a short context, so that the chapter's beginning has left it when the questions come and must be retrieved
 SETTINGS: dict[str, Any] = {"window": "sinks", "context_tokens": 2048, "passages": 3, "max_tokens": 64}
 QUESTIONS = (
-    "What was the name of Alice's cat?",
     "What words were printed on the label of the bottle?",
+    "What words were marked in currants on the cake?",
 )
 
 

@@ -77,7 +77,8 @@ def run(
     placement: c.Placement = None,
     adapter: c.Adapter = None,
     window: Annotated[
-        str | None, typer.Option("--window", help="When the context is full: sinks or refuse.", show_default="sinks")
+        str | None,
+        typer.Option("--window", help="As for `read`.", show_default="sinks"),
     ] = None,
     context_tokens: c.ContextTokens = None,
 ) -> None:

@@ -31,10 +31,10 @@ class Slice:
     """New tokens of one cache in a forward.
 
     `row`: where their KV goes. `visible`: which earlier rows they see, as ascending ranges; None means all of
-    `0 .. row-1`. `mask`: bool [n, n], who sees whom among themselves; None means causal. `logits`: for how many
-    of the last tokens logits are wanted. `drafted`: how many of the last tokens may be wrong; their rows are written,
-    and not valid until they are kept. `adapter`: what acts on these rows besides the model. Slices of one cache may
-    share a forward if they are in row order.
+    `0 .. row-1`. `mask`: bool [n, m] over the last m of the rows that are visible and the new ones, who sees whom;
+    None means causal among the new ones. `logits`: for how many of the last tokens logits are wanted. `drafted`: how
+    many of the last tokens may be wrong; their rows are written, and not valid until they are kept. `adapter`: what
+    acts on these rows besides the model. Slices of one cache may share a forward if they are in row order.
     """
 
     cache: KVCache
@@ -54,17 +54,18 @@ class Slice:
         return self.row + len(self.ids)
 
     def bias(self, dtype: torch.dtype, device: torch.device, rows: int = 0, group: int = 1) -> torch.Tensor | None:
-        """Additive mask of the new tokens over the last keys [group * n, n], or over all `rows` keys where that is
+        """Additive mask of the new tokens over the last keys [group * n, m], or over all `rows` keys where that is
         few; None for a single token. Made once for all layers; `group` times the same, one below the other.
         """
         n = len(self.ids)
         if n == 1 and self.mask is None:
             return None
-        width = rows if n < rows and n * rows <= WIDE else n
+        m = n if self.mask is None else self.mask.shape[1]
+        width = rows if m < rows and n * rows <= WIDE else m
         if self._bias is None or self._bias.shape != (group * n, width):
             among = torch.ones(n, n, dtype=torch.bool).tril() if self.mask is None else self.mask
             bias = torch.zeros(n, width, dtype=dtype)
-            bias[:, width - n :].masked_fill_(~among, -math.inf)
+            bias[:, width - m :].masked_fill_(~among, -math.inf)
             self._bias = bias.repeat(group, 1).to(device)
         return self._bias
 
@@ -99,7 +100,7 @@ def _matmul_attention(
         size = part.shape[2]
         scores = (part.reshape(kv_heads, group * size, -1) @ keys.transpose(1, 2)).float() * scaling
         if bias is not None:
-            scores.view(kv_heads, group, size, rows)[..., rows - n :] += bias[start : start + size].float()
+            scores.view(kv_heads, group, size, rows)[..., rows - bias.shape[1] :] += bias[start : start + size].float()
         weights = torch.softmax(scores, dim=-1).to(values.dtype)
         out[:, :, start : start + block] = (weights @ values).view(kv_heads, group, size, -1)
     return out.reshape(heads, n, -1)
@@ -160,7 +161,7 @@ def _sdpa_attention(
         packed = query.reshape(1, kv_heads, -1, size)
         out = functional.scaled_dot_product_attention(packed, keys[None], values[None], scale=scaling)
         return out.reshape(heads, n, -1)
-    mask = functional.pad(bias, (rows - n, 0))
+    mask = functional.pad(bias, (rows - bias.shape[1], 0))
     return functional.scaled_dot_product_attention(
         query[None], keys[None], values[None], attn_mask=mask, scale=scaling, enable_gqa=heads != kv_heads
     )[0]

@@ -118,6 +118,20 @@ class KVCache:
             keys[:, to : to + len(rows)] = keys[:, index]
             values[:, to : to + len(rows)] = values[:, index]
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only `rows` of the valid ones, ascending; they close up. What stands before the first gap stays put."""
+        first = next((i for i, row in enumerate(rows) if i != row), len(rows))
+        self.move(rows[first:], first)
+        self.truncate(len(rows))
+
+    def gather(self, rows: Sequence[int]) -> torch.Tensor:
+        """As `read_rows`, for rows that need not stand side by side."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.layout.device)
+        parts: list[torch.Tensor] = []
+        for keys, values in zip(self.keys, self.values, strict=True):
+            parts += [keys[:, index].reshape(-1), values[:, index].reshape(-1)]
+        return torch.cat(parts)
+
     def read_rows(self, start: int, stop: int) -> torch.Tensor:
         """Copy of rows `start .. stop-1` as one flat tensor: each layer's keys, then its values."""
         parts: list[torch.Tensor] = []

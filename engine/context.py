@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
+from longstride.engine.window import Window
 from longstride.errors import BadInput, ContextFull
 
 Ids = tuple[int, ...]
@@ -34,8 +35,9 @@ class Placement(StrEnum):
 class Part:
     """A run of rows to compute together: consecutive rows and positions, one visibility.
 
-    `visible`: earlier rows it sees as ranges, None for all. `piece`: the segment piece these rows belong to when
-    they depend on nothing but the sink and the piece itself (`beside`), so their KV may be copied from a store.
+    `index`: the first one's place in the text, None in a segment. `visible`: earlier rows it sees as ranges, None for
+    all (that the window leaves in view). `piece`: the segment piece these rows belong to when they depend on nothing
+    but the sink and the piece itself (`beside`), so their KV may be copied from a store.
     """
 
     row: int
@@ -43,6 +45,7 @@ class Part:
     position: int
     visible: tuple[tuple[int, int], ...] | None = None
     piece: int | None = None
+    index: int | None = None
 
     @property
     def stop(self) -> int:
@@ -52,20 +55,28 @@ class Part:
     def split(self, count: int) -> tuple["Part", "Part"]:
         """The first `count` rows, and the rest (which sees the first as well)."""
         visible = None if self.visible is None else (*self.visible, (self.row, self.row + count))
-        first = Part(self.row, self.ids[:count], self.position, self.visible)
-        return first, Part(self.row + count, self.ids[count:], self.position + count, visible)
+        first = Part(self.row, self.ids[:count], self.position, self.visible, index=self.index)
+        index = None if self.index is None else self.index + count
+        return first, Part(self.row + count, self.ids[count:], self.position + count, visible, index=index)
 
 
 class Context:
     """The ids of a sequence, where the segment stands, and which rows follow from that.
 
     `limit`: positions the model has. `reserved`: positions kept free for a segment, from the start. `sink`: first
-    tokens that every passage sees (`beside`). No method touches KV; `rewrite` and its kin return how many rows of
-    the cache stay valid.
+    tokens that every passage sees (`beside`). `window` decides which tokens' rows stay; all of them without one. No
+    method touches KV; `rewrite` and its kin return how many rows of the cache stay valid.
     """
 
     def __init__(
-        self, prompt: Sequence[int], *, placement: Placement, limit: int, reserved: int, refresh: int = 16
+        self,
+        prompt: Sequence[int],
+        *,
+        placement: Placement,
+        limit: int,
+        reserved: int,
+        refresh: int = 16,
+        window: Window | None = None,
     ) -> None:
         least = 1 if placement is Placement.BESIDE else 0  # beside, the last token must come to see the passages
         if reserved < 0 or refresh < least:
@@ -80,6 +91,11 @@ class Context:
         self.segment: tuple[Ids, ...] = ()
         self.boundary = len(prompt)  # meaningful while there is a segment
         self.turn: int | None = None  # where the current turn began in `text`
+        self.window = window
+        self.kept: list[int] = []  # tokens that have rows, of those before `settled`; behind it every token has one
+        self.settled = 0
+        if window is not None:
+            window.extend(self.text)
         if self.sink + reserved >= limit:
             raise BadInput(
                 f"a prompt of {len(prompt)} tokens and {reserved} tokens reserved for passages leave no room in a "
@@ -94,14 +110,19 @@ class Context:
         return sum(len(piece) for piece in self.segment)
 
     @property
+    def dropped(self) -> int:
+        """Tokens whose rows are gone."""
+        return self.settled - len(self.kept)
+
+    @property
     def rows(self) -> int:
         """Rows of the whole context: text and segment."""
-        return len(self.text) + self.segment_rows
+        return len(self.text) - self.dropped + self.segment_rows
 
     @property
     def plain_rows(self) -> int:
         """Leading rows that depend on no passage."""
-        return self.boundary if self.segment else len(self.text)
+        return (self.boundary if self.segment else len(self.text)) - self.dropped
 
     @property
     def room(self) -> int:
@@ -124,6 +145,27 @@ class Context:
                 f"(context of {self.limit}, {self.reserved} of them reserved for retrieved passages)"
             )
         self.text += ids
+        self._rule()
+
+    def _rule(self) -> None:
+        """Let the window decide on new text; what a turn adds stays open until it is kept."""
+        if self.window is not None and self.turn is None:
+            self.window.extend(self.text)
+
+    def take_back(self, count: int) -> int:
+        """Drop the last `count` text tokens, between turns; returns how many rows of the cache stay valid."""
+        del self.text[len(self.text) - count :]
+        return self._restart(len(self.text))
+
+    def _restart(self, valid: int) -> int:
+        """After the text became another behind its first `valid` tokens; returns how many rows stay valid."""
+        if self.window is None:
+            return valid
+        self.window.restart()
+        self.window.extend(self.text)
+        valid = min(valid, self.prompt)  # tokens behind may have seen others than they would now
+        self.unfold()
+        return valid
 
     def begin_turn(self) -> None:
         """Mark the end of the text as the start of a turn (`turn` placement, and `end_turn`)."""
@@ -133,11 +175,14 @@ class Context:
         """Drop the segment, and the turn's own text unless `keep`; returns how many rows stay valid."""
         if self.turn is None:
             raise ValueError("no turn was begun")
-        valid = min(self.plain_rows, len(self.text) if keep else self.turn)
+        # with a window, a turn's tokens saw more than they will as part of the stream
+        whole = keep and self.window is None
+        valid = min(self.plain_rows, (len(self.text) if whole else self.turn) - self.dropped)
         if not keep:
             del self.text[self.turn :]
         self.turn = None
         self.segment = ()
+        self._rule()
         return valid
 
     def rewrite(self, pieces: Sequence[Sequence[int]]) -> int:
@@ -156,9 +201,12 @@ class Context:
             boundary = len(self.text) if self.turn is None else self.turn
         else:
             boundary = max(self.sink, len(self.text) - self.refresh)
+        if self.window is not None:
+            # rows from the boundary on are computed again, and what they saw before it may be gone
+            boundary = max(boundary, self.settled if self.turn is None else self.turn)
         self.segment = new
         self.boundary = boundary
-        return min(plain, boundary) if new else plain
+        return min(plain, boundary - self.dropped) if new else plain
 
     def slide(self, recent: int) -> int:
         """Keep the prompt and the last `recent` tokens, positions counted anew; returns how many rows stay valid.
@@ -171,16 +219,39 @@ class Context:
         if dropped <= 0:
             return len(self.text)
         del self.text[self.prompt : self.prompt + dropped]
-        return self.prompt
+        return self._restart(self.prompt)
+
+    # --- rows that a window drops ---
+
+    def settle(self, stop: int) -> list[int]:
+        """Drop the rows that no token from `stop` on sees; all before it are computed. Returns the rows that stay, of
+        those of the first `stop` tokens. Between turns only."""
+        if self.window is None or self.turn is not None or self.segment:
+            raise ValueError("rows are dropped by a window, between turns")
+        alive = self.window.alive(stop)
+        held = [*self.kept, *range(self.settled, stop)]
+        rows = [row for row, token in enumerate(held) if alive[token]]
+        self.kept, self.settled = [held[row] for row in rows], stop
+        return rows
+
+    def fold(self, stop: int) -> list[int]:
+        """As `settle` would have it, for rows that come from elsewhere; returns their tokens."""
+        self.unfold()
+        self.settle(stop)
+        return self.kept
+
+    def unfold(self) -> None:
+        """Every token has a row again, to be computed."""
+        self.kept, self.settled = [], 0
 
     # --- rows ---
 
     def parts(self, start: int = 0) -> list[Part]:
         """The rows from `start` to the end, as parts in row order."""
-        cut = self.plain_rows
+        cut, dropped = self.plain_rows, self.dropped
         beside = self.placement is Placement.BESIDE
         # only what is due is copied: a decoded token must not cost work that grows with the context
-        parts = self._text_parts(min(start, cut), cut, 0)
+        parts = self._text_parts(min(start, cut) + dropped, cut + dropped, -dropped)
         row = cut
         for i, piece in enumerate(self.segment):
             if beside:
@@ -188,8 +259,8 @@ class Context:
             else:
                 parts.append(Part(row, piece, row))
             row += len(piece)
-        shift = row - cut
-        parts += self._text_parts(max(cut, min(start - shift, len(self.text))), len(self.text), shift)
+        shift = row - cut - dropped
+        parts += self._text_parts(max(cut + dropped, min(start - shift, len(self.text))), len(self.text), shift)
         pending = [part for part in parts if part.stop > start]
         if pending and pending[0].row < start:
             pending[0] = pending[0].split(start - pending[0].row)[1]
@@ -198,4 +269,4 @@ class Context:
     def _text_parts(self, start: int, stop: int, shift: int) -> list[Part]:
         """Text tokens `start .. stop-1` standing `shift` rows later, split where positions jump."""
         cuts = [start, *([self.sink] if start < self.sink < stop else []), stop]
-        return [Part(a + shift, tuple(self.text[a:b]), self.position(a)) for a, b in pairwise(cuts) if b > a]
+        return [Part(a + shift, tuple(self.text[a:b]), self.position(a), index=a) for a, b in pairwise(cuts) if b > a]

@@ -26,9 +26,12 @@ def chain_id(fingerprint: str, parent: bytes, ids: Sequence[int], positions: Seq
     return digest.digest()
 
 
-def adapted(fingerprint: str, adapter: str) -> str:
-    """The fingerprint of a model with an adapter of that fingerprint; the model's own where there is none."""
-    return hashlib.sha256(f"{fingerprint}\0{adapter}".encode()).hexdigest() if adapter else fingerprint
+def adapted(fingerprint: str, *others: str) -> str:
+    """The fingerprint of a model with what else decides its rows (an adapter, a window); its own where all are ""."""
+    for other in others:
+        if other:
+            fingerprint = hashlib.sha256(f"{fingerprint}\0{other}".encode()).hexdigest()
+    return fingerprint
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:

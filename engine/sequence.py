@@ -8,6 +8,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from longstride.engine.adapter import Adapter
@@ -16,6 +17,9 @@ from longstride.engine.cache import KVCache
 from longstride.engine.context import Context, Part
 from longstride.engine.draft import MOST_NODES, Node
 from longstride.engine.runner import ModelRunner
+from longstride.engine.window import Marks
+
+DROP = 256  # rows out of view from which on it pays to close up, and a quarter of all: dropping copies what stays
 
 
 class PieceStore(Protocol):
@@ -80,6 +84,28 @@ class Sequence:
         """Slide the window (see `Context.slide`) and cut the cache accordingly."""
         self.cache.truncate(self.context.slide(recent))
 
+    def take_back(self, count: int) -> None:
+        """Drop the last text tokens (see `Context.take_back`) and cut the cache accordingly."""
+        self.cache.truncate(self.context.take_back(count))
+
+    def clear(self) -> None:
+        """Forget all rows and give their memory back; they are due again."""
+        self.cache.clear()
+        self.context.unfold()
+
+    def settle(self, *, worth: bool = False) -> None:
+        """Drop rows that the window has out of view for all further tokens (`worth`: if they are many), not in a turn.
+
+        Left to the owner, who may have to store them first: a restart computes the last tokens again, which see them.
+        """
+        context = self.context
+        if context.window is None or context.turn is not None or context.segment:
+            return
+        stop = self.cache.length + context.dropped
+        gone = int((~context.window.alive(stop)).sum()) - context.dropped
+        if not worth or gone >= max(DROP, self.cache.length // 4):
+            self.cache.keep(context.settle(stop))
+
     def take(self, budget: int, logits: int = 1, drafts: int = MOST_NODES) -> list[Slice]:
         """The next slices to compute, at most `budget` tokens; the last carries `logits` when it is the last due, and
         as much of the draft as the budget and `drafts` have room for, with logits of all its rows.
@@ -110,7 +136,7 @@ class Sequence:
             last = slices[-1]
             last.logits = min(logits, len(last.ids))
             drafted = self.draft[: max(0, min(left, drafts))]  # parents stand before children: what is left is a tree
-            if drafted:
+            if drafted and last.mask is None:
                 slices[-1] = self._with_draft(last, drafted)
             self.draft = ()
         self._known = known
@@ -118,11 +144,40 @@ class Sequence:
 
     def _slice(self, part: Part) -> Slice:
         positions = range(part.position, part.position + len(part.ids))
+        visible, mask = self._sight(part)
         adapter = self.adapter
         # no part reaches over the boundary, and a draft stands on its own side of it
         if adapter is not None and not adapter.everywhere and part.row < self.context.plain_rows:
             adapter = None
-        return Slice(self.cache, part.ids, positions, part.row, part.visible, adapter=adapter)
+        return Slice(self.cache, part.ids, positions, part.row, visible, mask, adapter=adapter)
+
+    def _sight(self, part: Part) -> tuple[tuple[tuple[int, int], ...] | None, torch.Tensor | None]:
+        """What a part sees, as `Slice` has it: `visible` and `mask`."""
+        context = self.context
+        window = context.window
+        if window is None or part.visible is not None:
+            return part.visible, None
+        # a segment sees what a turn sees
+        index = max(window.ruled, context.boundary) if part.index is None else part.index
+        if index >= window.ruled <= context.settled:
+            return None, None  # nothing out of view is left: a decoded token must not cost work that grows
+        plain = min(part.row, context.plain_rows)
+        columns = [*context.kept, *range(context.settled, plain + context.dropped)]
+        columns += [-1] * min(part.row - plain, context.segment_rows)
+        columns += range(part.index - (part.row - len(columns)), part.index) if part.index is not None else ()
+        n = len(part.ids)
+        seen = window.sight(np.array(columns, np.int64), index, n)
+        used: Marks = np.logical_or.reduce(seen)
+        ranges = _ranges(used[: part.row])
+        seen = seen[:, used]
+        # from the first row on that some see and some do not
+        partly = min([*np.flatnonzero(~seen.all(0))[:1].tolist(), seen.shape[1] - n])
+        seen = seen[:, partly:]
+        causal = seen.shape[1] == n and bool((seen == np.tri(n, dtype=np.bool_)).all())
+        return (
+            None if ranges == ((0, part.row),) else ranges,
+            None if causal else torch.from_numpy(np.ascontiguousarray(seen)),
+        )
 
     def _with_draft(self, last: Slice, nodes: Ids[Node]) -> Slice:
         """`last` with a draft's rows behind it: each sees all before the draft, its ancestors and itself."""
@@ -188,4 +243,11 @@ class Sequence:
         while slices := self.take(budget, logits):
             out = runner.forward(slices)[-1]
             self.accept(slices)
+            self.settle(worth=True)
         return out
+
+
+def _ranges(used: Marks) -> tuple[tuple[int, int], ...]:
+    """The runs of true values, as (start, stop)."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], used, [False]]).astype(np.int8)))
+    return tuple((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))

@@ -3,8 +3,10 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
+CLOSING = " \t\"'”’)]}»"  # may stand behind a sentence's end
 REPLACEMENT = "�"
 
 
@@ -32,6 +34,10 @@ class Tokenizer(Protocol):
     def special(self) -> frozenset[int]:
         """Ids that are not text: never sampled (but `eos`), never part of a query."""
 
+    @property
+    def size(self) -> int:
+        """Token ids there are, counted from 0."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` on its own, without any added special token; special tokens spelled in it stay text."""
 
@@ -40,6 +46,9 @@ class Tokenizer(Protocol):
 
     def frame(self, system: str) -> Frame:
         """The conversation's spelling with a system message."""
+
+    def __hash__(self) -> int:
+        """One tokenizer is another than one that spells the same."""
 
 
 class HFTokenizer:
@@ -107,6 +116,25 @@ class HFTokenizer:
         with self._lock:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
         return ids
+
+
+@dataclass(frozen=True)
+class Punctuation:
+    """Ids of tokens that end a sentence or a line, and of those that separate anything."""
+
+    ends: frozenset[int]
+    separators: frozenset[int]
+
+
+@lru_cache(maxsize=4)
+def punctuation(tokenizer: Tokenizer) -> Punctuation:
+    """A tokenizer's punctuation: tokens that are nothing else, in whatever quotes or brackets."""
+    texts = [(i, tokenizer.decode([i])) for i in range(tokenizer.size) if i not in tokenizer.special]
+    marks = [(i, text, text.strip(CLOSING)) for i, text in texts]
+    return Punctuation(
+        frozenset(i for i, text, mark in marks if "\n" in text or (mark and not mark.strip(".?!"))),
+        frozenset(i for i, text, mark in marks if "\n" in text or (mark and not mark.strip(".?!,;:"))),
+    )
 
 
 class StreamDecoder:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlite_utils import Database as Tables
 
 from longstride.engine.adapter import Adapter
-from longstride.engine.context import Context, Placement
+from longstride.engine.context import MIN_SINK, Context, Placement
 from longstride.engine.draft import MOST_NODES
 from longstride.engine.sequence import Sequence
 from longstride.errors import BadInput, ContextFull, StorageError
@@ -24,6 +24,7 @@ from longstride.scheduler.pieces import StoredPieces
 from longstride.scheduler.settings import SessionSettings, changed, changed_for_answer
 from longstride.scheduler.snapshot import Snapshot
 from longstride.scheduler.turn import Turn
+from longstride.scheduler.windows import new_window
 from longstride.storage.sessions import StoredSession, StreamPassage
 
 T = TypeVar("T")
@@ -94,6 +95,7 @@ class Session:
             limit=limit,
             reserved=reserved,
             refresh=settings.refresh,
+            window=new_window(settings, tokenizer, max(len(self.frame.prompt), MIN_SINK)),
         )
         self.headroom = min(settings.max_tokens + 128, context.room // 4)
         if context.room - self.headroom < 16:
@@ -135,7 +137,7 @@ class Session:
         answers = await asyncio.to_thread(self.core.sessions.last_texts, self.id, RECALLED)
         await asyncio.to_thread(self.memory.restore, passages, answers)
         seconds = time.perf_counter() - started
-        self.resumed = ResumeReport(context.rows, restored, seconds, tuple(problems))
+        self.resumed = ResumeReport(len(context.text), restored, seconds, tuple(problems))
 
     # --- reading ---
 
@@ -148,6 +150,14 @@ class Session:
         """Stream tokens kept when the window slides: half of what fits."""
         context = self.sequence.context
         return (context.limit - context.reserved - context.prompt - self.headroom) // 2
+
+    @property
+    def whole_from(self) -> int:
+        """From this stream token on all are in view; what lies before can be retrieved."""
+        context = self.sequence.context
+        if context.window is None:
+            return self.window_start
+        return self.window_start + max(0, context.window.whole_from() - context.prompt)
 
     @property
     def most_room(self) -> int:
@@ -246,8 +256,7 @@ class Session:
         except BaseException:
             # not read: the text is taken back, so that memory and database say the same
             del self.stream[len(self.stream) - len(chunk) :]
-            del self.sequence.context.text[len(self.sequence.context.text) - len(chunk) :]
-            self.sequence.cache.truncate(self.sequence.context.rows)
+            self.sequence.take_back(len(chunk))
             raise
 
     async def _save(self, chunk: list[int], also: Change | None) -> int:

@@ -71,7 +71,11 @@ class SessionSettings(BaseModel):
     passages: int = Field(3, ge=1, le=64, description="passages in a segment at most")
     collections: Collections = Field([DEFAULT], description="collections of documents that retrieval draws on")
     refresh: int = Field(16, ge=0, description="text tokens fed again after a segment (beside, end)")
-    window: Literal["refuse", "sinks"] = Field("refuse", description="what happens when the context is full")
+    window: Literal["refuse", "sinks", "separators", "cascade", "anchors"] = Field(
+        "refuse", description="what stays of the text in the cache, and what happens when the context is full"
+    )
+    recent_tokens: int = Field(512, ge=1, description="last tokens that stay whole (separators, cascade)")
+    span_tokens: int = Field(64, ge=2, description="tokens that an anchor stands for at most (anchors)")
     context_tokens: int | None = Field(None, ge=64, description="context length; the model's own when not set")
     system: str = Field(SYSTEM, description="the system message")
     max_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
@@ -181,8 +185,8 @@ def changed(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettin
 def changed_for_answer(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettings:
     """`changed`, refusing what would change the session itself."""
     own = {
-        "placement", "adapter", "passage_tokens", "passages", "collections", "refresh", "window", "context_tokens",
-        "system",
+        "placement", "adapter", "passage_tokens", "passages", "collections", "refresh", "window", "recent_tokens",
+        "span_tokens", "context_tokens", "system",
     }  # fmt: skip
     fixed = own & set(changes)
     if fixed:

@@ -2,6 +2,8 @@
 
 import asyncio
 import warnings
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,8 +30,24 @@ def from_bytes(data: bytes, dtype: torch.dtype) -> torch.Tensor:
         return torch.frombuffer(data, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A block as it should be stored: `id` names it, `chain` the whole run of text it is of, and `tokens` are those of
+    that run that have rows, with their `ids` and `positions`."""
+
+    id: bytes
+    chain: bytes
+    tokens: Ids[int]
+    ids: bytes
+    positions: bytes
+
+
 class Snapshot:
-    """Which blocks of a sequence exist, which are new, and bringing them back."""
+    """Which blocks of a sequence exist, which are new, and bringing them back.
+
+    With a window a block holds only those of its tokens that are still in view where the last whole block ends. It is
+    stored again, smaller, when more of them have left.
+    """
 
     def __init__(self, model: Model, blocks: Blocks, device: Device, sequence: Sequence, block_tokens: int) -> None:
         self.model = model
@@ -37,98 +55,158 @@ class Snapshot:
         self.device = device
         self.sequence = sequence
         self.block_tokens = block_tokens
-        adapter = sequence.adapter
+        adapter, window = sequence.adapter, sequence.context.window
         # one that acts on the segment leaves these rows the model's own, whoever reads them
         everywhere = adapter.fingerprint if adapter is not None and adapter.everywhere else ""
-        self.fingerprint = adapted(model.fingerprint, everywhere)
-        self._chain: list[bytes] = []  # ids of the blocks that were handed out or restored
+        self.fingerprint = adapted(model.fingerprint, everywhere, "" if window is None else window.describe())
+        self._known: list[Rows] = []  # blocks that were handed out or restored
         self._stale: list[bytes] = []
 
     def reset(self) -> None:
         """The window slid: positions and ids are others now, and so are all blocks."""
-        self._stale += self._chain
-        self._chain = []
+        self._stale += [rows.id for rows in self._known]
+        self._known = []
 
     def take_stale(self) -> list[bytes]:
-        """Blocks of windows that slid since the last call: no context of this session will need them again."""
+        """Blocks that this session will not need again, since the last call: of windows that slid, or larger than they
+        need be."""
         stale, self._stale = self._stale, []
         return stale
 
-    def _describe(self, index: int, chain: list[bytes]) -> tuple[bytes, list[int], list[int]]:
-        """(id, token ids, positions) of block `index`, given the ids of those before it."""
+    def _describe(self, whole: int, known: Ids[Rows] = ()) -> list[Rows]:
+        """The first `whole` blocks; `known` ones of the same text save work."""
+        context, size = self.sequence.context, self.block_tokens
+        alive = None if context.window is None else context.window.alive(whole * size)
+        out: list[Rows] = []
+        for index in range(whole):
+            span = range(index * size, (index + 1) * size)
+            tokens = span if alive is None else [i for i in span if alive[i]]
+            if index < len(known) and len(tokens) == len(known[index].tokens):
+                out.append(known[index])
+                continue
+            chain = known[index].chain if index < len(known) else self._id(out[-1].chain if out else b"", span)
+            id_ = chain if len(tokens) == size else self._id(chain, tokens)
+            ids, positions = self._contents(tokens)
+            out.append(Rows(id_, chain, tokens, pack_ids(ids), pack_ids(positions)))
+        return out
+
+    def _id(self, parent: bytes, tokens: Ids[int]) -> bytes:
+        return chain_id(self.fingerprint, parent, *self._contents(tokens))
+
+    def _contents(self, tokens: Ids[int]) -> tuple[list[int], list[int]]:
         context = self.sequence.context
-        span = range(index * self.block_tokens, (index + 1) * self.block_tokens)
-        ids = [context.text[i] for i in span]
-        positions = [context.position(i) for i in span]
-        parent = chain[index - 1] if index else b""
-        return chain_id(self.fingerprint, parent, ids, positions), ids, positions
+        return [context.text[i] for i in tokens], [context.position(i) for i in tokens]
 
     async def new_blocks(self) -> list[Block]:
-        """Full blocks of plain rows that were not handed out before, copied off the device."""
-        sequence = self.sequence
-        whole = min(sequence.cache.length, sequence.context.plain_rows) // self.block_tokens
-        first = len(self._chain)
-        if whole <= first:
+        """Full blocks of plain rows that were not handed out before (or larger), copied off the device. Rows that only
+        these still needed are dropped there."""
+        context, cache = self.sequence.context, self.sequence.cache
+        whole = (min(cache.length, context.plain_rows) + context.dropped) // self.block_tokens
+        before = self._known
+        if whole < len(before) or (whole == len(before) and context.window is None):
             return []
-        described = []
-        for index in range(first, whole):
-            block = self._describe(index, self._chain)
-            described.append(block)
-            self._chain.append(block[0])
+        self._known = self._describe(whole, before)
+        held = [*context.kept, *range(context.settled, whole * self.block_tokens)]
+        fresh: list[Rows] = []
+        for index, rows in enumerate(self._known):
+            if index >= len(before) or rows is not before[index]:
+                if index < len(before):
+                    self._stale.append(before[index].id)
+                if rows.tokens:
+                    fresh.append(rows)
+        row_of = {token: row for row, token in enumerate(held)} if context.dropped else None
 
         def copy() -> list[bytes]:
-            size = self.block_tokens
-            return [to_bytes(sequence.cache.read_rows(i * size, (i + 1) * size)) for i in range(first, whole)]
+            copied = [to_bytes(self._copy(rows.tokens, row_of)) for rows in fresh]
+            self.sequence.settle(worth=True)
+            return copied
 
-        rows = await self.device.call(copy)
+        copied = await self.device.call(copy) if fresh else []
         return [
-            Block(id_, self.fingerprint, pack_ids(ids), pack_ids(positions), block)
-            for (id_, ids, positions), block in zip(described, rows, strict=True)
+            Block(rows.id, self.fingerprint, rows.ids, rows.positions, data)
+            for rows, data in zip(fresh, copied, strict=True)
         ]
+
+    def _copy(self, tokens: Ids[int], row_of: dict[int, int] | None) -> torch.Tensor:
+        """Rows of `tokens`."""
+        cache = self.sequence.cache
+        rows = tokens if row_of is None else [row_of[token] for token in tokens]
+        if rows[-1] - rows[0] == len(rows) - 1:
+            return cache.read_rows(rows[0], rows[-1] + 1)
+        return cache.gather(rows)
 
     async def restore(self, session_id: int) -> tuple[int, list[str]]:
         """Bring back the leading blocks of the context's text that are stored and sound.
 
         Verified blocks go into the cache behind its length, while the next ones are read; they become valid together
-        at the end. Returns (rows restored, what was wrong with blocks that could not be used; a block that is merely
+        at the end. Returns (tokens restored, what was wrong with blocks that could not be used; a block that is merely
         missing is not a problem).
         """
-        chain: list[bytes] = []
+        cache, context, size = self.sequence.cache, self.sequence.context, self.block_tokens
         problems: list[str] = []
-        cache, size = self.sequence.cache, self.block_tokens
-        whole = self.sequence.context.plain_rows // size
-        restored = 0
-        loading = asyncio.create_task(asyncio.to_thread(self._load, chain, whole))
-        try:
-            while True:
-                found, problems = await loading
-                first, restored = restored, restored + len(found)
-                ended = len(found) < BATCH or restored == whole
-                if not ended:
-                    loading = asyncio.create_task(asyncio.to_thread(self._load, chain, whole))
-                if found:
-                    await self.device.call(partial(self._write, first, found, whole))
-                if ended:
-                    break
-        except BaseException:
-            loading.cancel()
-            cache.clear()
-            raise
-        self._chain = chain
-        cache.extend(restored * size)
-        if restored:
+        while True:
+            plan = await asyncio.to_thread(self._plan)
+            found, problem = await self._fill(plan)
+            problems += [problem] if problem else []
+            if context.window is None or found == len(plan):
+                break
+            cache.clear()  # rows before a bad block may be too few for the tokens behind: plan again without it
+        self._known = plan[:found]
+        if context.window is not None:
+            context.fold(found * size)
+        cache.extend(sum(len(rows.tokens) for rows in self._known))
+        if found:
+            ids = [rows.id for rows in self._known if rows.tokens]
             try:
-                await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, chain, session_id))
+                await self.blocks.database.awrite(lambda tables: self.blocks.touch(tables, ids, session_id))
             except StorageError as error:
                 problems.append(f"the blocks could not be marked as used: {error}")
-        return restored * size, problems
+        return found * size, problems
 
-    def _write(self, first: int, found: list[bytes], whole: int) -> None:
-        """Put blocks from block `first` on into the cache, which will hold `whole`."""
-        cache, size = self.sequence.cache, self.block_tokens
-        cache.reserve(whole * size)
-        for index, data in enumerate(found, first):
-            cache.write_rows(index * size, from_bytes(data, self.model.runner.dtype))
+    def _plan(self) -> list[Rows]:
+        """The blocks to bring back. With a window, as many as are stored as they must be at their own end: what
+        is in view there has to be there whole."""
+        context = self.sequence.context
+        whole = len(context.text) // self.block_tokens
+        if context.window is None:
+            return self._describe(whole)
+        known = self._describe(whole)
+        for count in range(whole, 0, -1):
+            plan = self._describe(count, known)
+            ids = [rows.id for rows in plan if rows.tokens]
+            if len(self.blocks.has(ids)) == len(set(ids)):
+                return plan
+        return []
+
+    async def _fill(self, plan: list[Rows]) -> tuple[int, str]:
+        """Put the blocks of `plan` into the cache behind its length, up to the first that cannot be used; returns how
+        many, and what is wrong with the next."""
+        restored = row = 0
+        loading = asyncio.create_task(asyncio.to_thread(self._load, plan, 0))
+        try:
+            while True:
+                found, problem = await loading
+                restored += len(found)
+                ended = len(found) < BATCH or restored == len(plan)
+                if not ended:
+                    loading = asyncio.create_task(asyncio.to_thread(self._load, plan, restored))
+                if found:
+                    await self.device.call(partial(self._write, row, found, sum(len(rows.tokens) for rows in plan)))
+                    row += sum(len(rows.tokens) for rows in plan[restored - len(found) : restored])
+                if ended:
+                    return restored, problem
+        except BaseException:
+            loading.cancel()
+            self.sequence.clear()
+            raise
+
+    def _write(self, row: int, found: list[bytes], rows: int) -> None:
+        """Put blocks from row `row` on into the cache, which will hold `rows`."""
+        cache = self.sequence.cache
+        cache.reserve(rows)
+        for data in found:
+            if data:
+                row += cache.write_rows(row, from_bytes(data, self.model.runner.dtype))
 
     # --- on the device or not (see `Residency`) ---
 
@@ -143,7 +221,7 @@ class Snapshot:
 
     def suspend(self) -> None:
         """Let go of the KV on the device; what was stored of it stays."""
-        self.sequence.cache.clear()
+        self.sequence.clear()
 
     async def wake(self, session_id: int) -> list[str]:
         """Bring the KV back if it was suspended: stored blocks are read, the rest is computed with the next forward.
@@ -154,19 +232,20 @@ class Snapshot:
             return []
         return (await self.restore(session_id))[1]
 
-    def _load(self, chain: list[bytes], whole: int) -> tuple[list[bytes], list[str]]:
-        """Rows of the next `BATCH` of `whole` blocks behind `chain`, which grows by their ids, up to the first that
-        cannot be used; and what is wrong with it."""
+    def _load(self, plan: list[Rows], first: int) -> tuple[list[bytes], str]:
+        """The next `BATCH` blocks of `plan` from block `first` on, up to the first that cannot be used; and what is
+        wrong with it."""
         found: list[bytes] = []
-        size = self.block_tokens * self.model.runner.layout.row_bytes
-        for index in range(len(chain), min(len(chain) + BATCH, whole)):
-            id_, ids, positions = self._describe(index, chain)
-            data, why = self.blocks.get(id_, self.fingerprint, pack_ids(ids), pack_ids(positions), size)
+        for index in range(first, min(first + BATCH, len(plan))):
+            rows = plan[index]
+            size = len(rows.tokens) * self.model.runner.layout.row_bytes
+            data, why = (
+                self.blocks.get(rows.id, self.fingerprint, rows.ids, rows.positions, size) if size else (b"", "")
+            )
             if data is None:
                 if why == "missing":
-                    return found, []
-                self.blocks.database.write(partial(self.blocks.drop, ids=[id_]))
-                return found, [f"{why}; the text from token {index * self.block_tokens} on is computed again"]
+                    return found, ""
+                self.blocks.database.write(partial(self.blocks.drop, ids=[rows.id]))
+                return found, f"{why}; the text from token {index * self.block_tokens} on is computed again"
             found.append(data)
-            chain.append(id_)
-        return found, []
+        return found, ""

@@ -71,6 +71,8 @@ class Turn:
         """
         context = self.sequence.context
         self._limit = self._room()
+        if context.window is not None:
+            await self.core.device.call(self.sequence.settle)
         context.begin_turn()
         added: list[int] = []
         try:
@@ -188,7 +190,7 @@ class Turn:
             self.core.model.tokenizer.decode(query),
             session.settings.passages,
             session.memory.index,
-            session.window_start,
+            session.whole_from,
             session.settings.collections,
         )
         first = usage.retrievals == 0

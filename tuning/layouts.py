@@ -12,11 +12,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from longstride.engine.adapter import Adapter
-from longstride.engine.context import Context, Placement
+from longstride.engine.context import MIN_SINK, Context, Placement
 from longstride.engine.model import Model
 from longstride.engine.runner import ModelRunner
 from longstride.engine.sequence import Sequence
+from longstride.engine.tokenizer import Tokenizer
+from longstride.engine.window import Window as KeptRows
 from longstride.errors import BadInput
+from longstride.scheduler.windows import POLICIES, make_window
 from longstride.tuning.strides import Shape, Window
 
 Place = Literal["none", "prepend", "end", "turn", "beside"]
@@ -28,7 +31,7 @@ BUDGET = 4096  # rows a forward
 class Layout:
     """One row of the grid. `passages`: a segment's at most; `refresh` as in a session; `source`: which
     passages (see `Stride`); `marks`: whether they stand between marks; `every`: passages change every so many strides;
-    `adapter`: a name, resolved by the grid."""
+    `adapter`: a name, resolved by the grid; `window`: POLICY:TOKENS, what stays of the text (with `none` only)."""
 
     place: Place = "beside"
     passages: int = 1
@@ -37,6 +40,7 @@ class Layout:
     marks: bool = False
     every: int = 1
     adapter: str = ""
+    window: str = ""
 
     @classmethod
     def parse(cls, spelled: str) -> "Layout":
@@ -54,7 +58,18 @@ class Layout:
             layout = replace(layout, **{name: _value(spelled, name, value, kinds[name])})
         if layout.source not in get_args(Source):
             raise BadInput(f"layout {spelled!r}: source is one of {', '.join(get_args(Source))}")
+        policy, _, size = layout.window.partition(":")
+        known = policy in POLICIES and size.isdecimal() and int(size) > 1
+        if layout.window and not (known and layout.place == "none"):
+            raise BadInput(
+                f"layout {spelled!r}: window is POLICY:TOKENS, of {', '.join(POLICIES)}, and goes with none only"
+            )
         return layout
+
+    def new_window(self, tokenizer: Tokenizer, sink: int) -> KeptRows | None:
+        """What keeps some of the text's rows; None where all stay."""
+        policy, _, size = self.window.partition(":")
+        return make_window(policy, int(size), tokenizer, sink) if policy else None
 
     def __str__(self) -> str:
         plain = Layout(self.place, marks=self.place in {"end", "turn"})
@@ -93,6 +108,7 @@ class Scorer:
 
     def __init__(self, model: Model, prompt: Ids[int] = (), marks: tuple[Ids[int], Ids[int]] = ((), ())) -> None:
         self.runner = model.runner
+        self.tokenizer = model.tokenizer
         self.prompt = list(prompt)
         self.marks = marks
 
@@ -101,7 +117,10 @@ class Scorer:
         started = time.perf_counter()
         if layout.place == "none":
             measured = self._plain(
-                [*self.prompt, *window.text], [t for s in window.strides for t in s.targets], adapter
+                [*self.prompt, *window.text],
+                [t for s in window.strides for t in s.targets],
+                adapter,
+                layout.new_window(self.tokenizer, max(len(self.prompt), MIN_SINK)),
             )
         elif layout.place == "prepend":
             measured = self._prepended(window, layout, adapter)
@@ -129,10 +148,12 @@ class Scorer:
                 f"the model has {self.runner.max_positions}; take a shorter window, or fewer or shorter passages"
             )
 
-    def _plain(self, text: Ids[int], targets: list[int], adapter: Adapter | None) -> Measured:
+    def _plain(
+        self, text: Ids[int], targets: list[int], adapter: Adapter | None, window: KeptRows | None = None
+    ) -> Measured:
         """Targets behind a text and nothing else."""
         length = len(text) + len(targets)
-        context = Context(text, placement=Placement.END, limit=length + 8, reserved=0)
+        context = Context(text, placement=Placement.END, limit=length + 8, reserved=0, window=window)
         sequence = Sequence(self.runner, context, max_rows=length, adapter=adapter)
         losses = follow(self.runner, sequence, targets)
         return Measured(losses, sequence.computed)

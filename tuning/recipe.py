@@ -4,6 +4,7 @@ import random
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from longstride.engine.context import MIN_SINK
 from longstride.errors import BadInput
 from longstride.tuning.layouts import Layout
 from longstride.tuning.strides import Places, Shape, Window
@@ -65,6 +66,7 @@ class Steps:
         self.places = places
         self.marks = marks if recipe.layout.marks else ((), ())
         self.prompt = prompt
+        self._kept = recipe.layout.new_window(places.pasts[0].corpus.tokenizer, max(len(prompt), MIN_SINK))
         self._epoch = -1
         self._order: list[tuple[Any, int]] = []
         self._count = sum(map(len, places.starts))
@@ -97,4 +99,4 @@ class Steps:
         for stride in window.strides:
             drawn = stride.chance if rng.random() < recipe.chance else stride.found
             passages.append([passage[: max(1, longest)] for passage in drawn[:count]])
-        return Sample(recipe.layout, passages, self.marks, self.prompt)
+        return Sample(recipe.layout, passages, self.marks, self.prompt, self._kept)

@@ -9,9 +9,11 @@ attention then costs what the branches need and not the square of them all.
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from longstride.engine.context import Context, Placement
+from longstride.engine.window import Window as KeptRows
 from longstride.tuning.layouts import Layout, segment
 from longstride.tuning.strides import Shape, Window
 
@@ -63,12 +65,13 @@ class Batch:
 @dataclass
 class Sample:
     """What stands in a window's strides, as drawn for a step: `passages` of each, between `marks`; `prompt`: ids before
-    the text."""
+    the text; `kept`: what decides who sees whom in it, where not all see all."""
 
     layout: Layout
     passages: list[list[list[int]]]
     marks: tuple[Ids[int], Ids[int]]
     prompt: list[int] = field(default_factory=list)
+    kept: KeptRows | None = None
 
 
 def tree(window: Window, sample: Sample, shape: Shape) -> Tree:
@@ -77,7 +80,12 @@ def tree(window: Window, sample: Sample, shape: Shape) -> Tree:
     text = [*sample.prompt, *window.text]
     if layout.place == "none":
         targets = [target for stride in window.strides for target in stride.targets]
-        return Tree([], [], [_alone([*text, *targets[:-1]], len(text), targets)])
+        branch = _alone([*text, *targets[:-1]], len(text), targets)
+        if sample.kept is not None:
+            sample.kept.restart()
+            sample.kept.extend(branch.ids)
+            branch.mask = torch.from_numpy(sample.kept.sight(np.zeros(0, np.int64), 0, len(branch.ids)))
+        return Tree([], [], [branch])
     branches = []
     if layout.place == "prepend":
         for stride, passages in zip(window.strides, sample.passages, strict=True):

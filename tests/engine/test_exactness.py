@@ -23,12 +23,16 @@ token = st.integers(0, 255)
 tokens = st.lists(token, min_size=1, max_size=30)
 
 
-def layout(placement, text, pieces, boundary):
-    """(ids, positions, visible) written down from the definition in docs/methods.md, not from the code under test."""
+def layout(placement, text, pieces, boundary, sees=None):
+    """(ids, positions, visible) written down from the definition in docs/methods.md, not from the code under test.
+
+    `sees`: which text tokens see which of those before them: bool [places + 1, places] by their places in the text, the
+    last row for the segment.
+    """
     n, sink = len(text), max(PROMPT, 4)
     if not pieces:
         boundary = n
-    ids, positions, kinds = [], [], []
+    ids, positions, kinds, places = [], [], [], []
     beside = placement is Placement.BESIDE
 
     def put_text(start, stop, kind):
@@ -36,6 +40,7 @@ def layout(placement, text, pieces, boundary):
             ids.append(text[i])
             positions.append(len(ids) - 1 if not beside else (i if i < sink else i + RESERVED))
             kinds.append(kind)
+            places.append(i)
 
     put_text(0, boundary, "text")
     for p, piece in enumerate(pieces):
@@ -43,8 +48,12 @@ def layout(placement, text, pieces, boundary):
             ids.append(id_)
             positions.append(sink + j if beside else len(ids) - 1)
             kinds.append(p)
+            places.append(-1)
     put_text(boundary, n, "tail")
     visible = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    if sees is not None:
+        at = torch.tensor(places)
+        visible &= sees[at][:, at] | (at < 0)
     if beside:
         for q, kind in enumerate(kinds):
             if isinstance(kind, int):
@@ -67,8 +76,21 @@ class Exactness(RuleBasedStateMachine):
         self.text, self.pieces, self.boundary, self.turn = list(prompt), (), 0, None
 
     def new_sequence(self, prompt):
-        context = Context(prompt, placement=self.placement, limit=LIMIT, reserved=RESERVED, refresh=self.refresh)
+        context = Context(
+            prompt,
+            placement=self.placement,
+            limit=LIMIT,
+            reserved=RESERVED,
+            refresh=self.refresh,
+            window=self.new_window(),
+        )
         return Sequence(self.runner, context, max_rows=LIMIT + 3 * RESERVED, store=self.store)
+
+    def new_window(self):
+        return None
+
+    def layout(self, text):
+        return layout(self.placement, text, self.pieces, self.boundary)
 
     @rule(ids=tokens)
     def feed(self, ids):
@@ -136,8 +158,7 @@ class Exactness(RuleBasedStateMachine):
         while node.parent is not None:
             path.insert(0, node.token)
             node = node.parent
-        grown = layout(self.placement, [*self.text, *path], self.pieces, self.boundary)
-        return int(reference_logits(self.plain, *grown)[-1].argmax())
+        return int(reference_logits(self.plain, *self.layout([*self.text, *path]))[-1].argmax())
 
     @rule(draft=st.lists(token, max_size=3))
     def stop_within_a_step(self, draft):
@@ -193,7 +214,7 @@ class Exactness(RuleBasedStateMachine):
     def exact(self):
         """A rule and not an invariant, so that rows are also left pending over several operations."""
         ours = self.logits()
-        reference = reference_logits(self.plain, *layout(self.placement, self.text, self.pieces, self.boundary))
+        reference = reference_logits(self.plain, *self.layout(self.text))
         torch.testing.assert_close(ours[-1], reference[-1], atol=1e-4, rtol=1e-4)
         assert ours[-1].argmax() == reference[-1].argmax()
         assert self.sequence.pending == 0

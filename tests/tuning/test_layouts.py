@@ -159,9 +159,10 @@ def test_a_shape_that_cannot_be_is_refused(wrong):
     marks=st.booleans(),
     every=st.integers(1, 9),
     adapter=st.sampled_from(["", "mine"]),
+    window=st.sampled_from(["", "anchors:64", "separators:5", "cascade:512"]),
 )
 def test_a_layout_is_read_as_it_is_spelled(**values):
-    layout = Layout(**values)
+    layout = Layout(**{**values, "window": values["window"] if values["place"] == "none" else ""})
     assert Layout.parse(str(layout)) == layout
 
 
@@ -175,6 +176,9 @@ def test_a_layout_is_read_as_it_is_spelled(**values):
         ("end,refresh=-1", "refresh is a number"),
         ("end,marks=yes", "marks is true or false"),
         ("end,source=best", "source is one of found, chance, oracle"),
+        ("none,window=anchors", "window is POLICY:TOKENS, of separators, cascade, anchors"),
+        ("none,window=sinks:8", "window is POLICY:TOKENS"),
+        ("beside,window=anchors:8", "goes with none only"),
         ("", "'' is none of"),
     ],
 )

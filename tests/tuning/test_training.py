@@ -35,7 +35,8 @@ def plain(kind: str = "llama", **extra) -> PlainModel:
 
 def sample(layout: Layout, of: Window, marks=MARKS) -> Sample:
     found = [list(stride.found[: layout.passages]) for stride in of.strides]
-    return Sample(layout, found, marks if layout.marks else ((), ()), PROMPT)
+    kept = layout.new_window(ByteTokenizer(), max(len(PROMPT), 4))
+    return Sample(layout, found, marks if layout.marks else ((), ()), PROMPT, kept)
 
 
 def losses(found: Losses, layout: Layout, of: Window, marks=MARKS) -> list[float]:
@@ -47,7 +48,17 @@ def losses(found: Losses, layout: Layout, of: Window, marks=MARKS) -> list[float
 
 
 KINDS = ["llama", "qwen2", "mistral", "gpt2", "opt"]
-SPELLED = ["none", "prepend", "end", "end,refresh=0,passages=2", "turn", "beside", "beside,passages=2,refresh=3"]
+WINDOWS = ["none,window=anchors:6", "none,window=separators:9", "none,window=cascade:8"]
+SPELLED = [
+    *WINDOWS,
+    "none",
+    "prepend",
+    "end",
+    "end,refresh=0,passages=2",
+    "turn",
+    "beside",
+    "beside,passages=2,refresh=3",
+]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,7 @@ def test_training_brings_the_loss_down(tmp_path):
     assert last < first - 0.5
 
 
-@pytest.mark.parametrize("spelled", ["none", "prepend"])
+@pytest.mark.parametrize("spelled", ["none", "prepend", "none,window=anchors:6"])
 def test_the_controls_train_too(spelled, tmp_path):
     one = run(tmp_path, spelled=spelled, acts="everywhere")
     one.go()

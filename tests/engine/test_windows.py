@@ -1,0 +1,175 @@
+"""Promise 1 under every window policy: whatever was dropped, logits equal one forward under the policy's mask."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+
+from longstride.engine import sequence as sequence_module
+from longstride.engine.context import Context, Placement
+from longstride.engine.sequence import Sequence
+from longstride.engine.window import STEP, Anchors, Cascade, Separators
+from tests.engine.test_exactness import PROMPT, REFRESH, Exactness, layout
+from tests.tiny import reference_logits, tiny_model
+
+RECENT, LONGEST = 20, 9
+ENDS = frozenset(range(0, 256, 7))
+SINK = max(PROMPT, 4)
+
+
+def window(name):
+    return {
+        "separators": lambda: Separators(SINK, RECENT, ENDS),
+        "cascade": lambda: Cascade(SINK, RECENT),
+        "anchors": lambda: Anchors(SINK, LONGEST, ENDS),
+    }[name]()
+
+
+def spans(text):
+    """Each token's (first of its span, its anchor or -1), from the definition in docs/methods.md."""
+    out, start = [(i, i) for i in range(SINK)], SINK
+    for i in range(SINK, len(text)):
+        if text[i] in ENDS or i - start + 1 == LONGEST:
+            out += [(start, i)] * (i + 1 - start)
+            start = i + 1
+    return torch.tensor(out + [(start, -1)] * (len(text) - start) + [(len(text), -2)])
+
+
+def seen_by(name, text, size):
+    """The policy as a relation, bool [size + 1, size]: who sees whom of `size` tokens that begin with `text`.
+
+    What stands behind `text` (a turn, and last the segment) sees what the token behind it would.
+    """
+    n, key = len(text), torch.arange(size)
+    at = torch.arange(size + 1).clamp(max=n)[:, None]  # the token whose view it is
+    age_ends = (key // STEP + 1) * STEP
+    if name == "separators":
+        stays = torch.tensor([i < SINK or i >= n or text[i] in ENDS for i in range(size)])
+        return stays | (at < age_ends + RECENT)
+    if name == "cascade":
+        number = (key - SINK).clamp(min=0)
+        halvings = sum(((number % 2**level == 0) & (number > 0)).long() for level in range(1, 12))
+        return (number == 0) | (key >= n) | (at < age_ends + RECENT * (2 ** (halvings + 1) - 1))
+    start, anchor = spans(text).T
+    mine, whose = (
+        (start[at], anchor[at]),
+        (torch.nn.functional.pad(t[:n], (0, size - n), value=-3) for t in (start, anchor)),
+    )
+    first, end = whose
+    is_anchor = (mine[1] == at) & (at >= SINK) & (at < n)
+    others = (end == key) | (end == -1) | (first == mine[0]) | (key >= n)
+    return torch.where(is_anchor, first == mine[0], others)
+
+
+class Windowed(Exactness):
+    policy: str
+
+    def new_window(self):
+        return window(self.policy)
+
+    def layout(self, text):
+        ruled = text if self.turn is None else text[: self.turn]
+        return layout(self.placement, text, self.pieces, self.boundary, seen_by(self.policy, ruled, len(text)))
+
+    @rule(pieces=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=8), max_size=3))
+    def rewrite(self, pieces):
+        super().rewrite(pieces)
+        context = self.sequence.context
+        if self.placement is not Placement.TURN and self.pieces:
+            # what a token sees is gone once it was dropped, so nothing before is computed again
+            least = context.settled if self.turn is None else self.turn
+            assert context.boundary == max(self.boundary, least)
+            self.boundary = context.boundary
+
+    @precondition(lambda self: self.turn is None)
+    @rule(question=st.lists(st.integers(0, 255), min_size=1, max_size=30), whole=st.booleans())
+    def ask(self, question, whole):
+        self.sequence.rewrite([])
+        self.pieces = ()
+        if whole:  # a session reads all before a turn and drops what it can, but nothing hangs on it
+            self.exact()
+            self.sequence.settle()
+        super().ask(question)
+
+    @precondition(lambda self: self.turn is None)
+    @rule(count=st.integers(1, 12))
+    def take_back(self, count):
+        self.sequence.rewrite([])
+        self.pieces = ()
+        count = min(count, len(self.text) - PROMPT)
+        self.sequence.take_back(count)
+        del self.text[len(self.text) - count :]
+
+    @precondition(lambda self: self.turn is None)
+    @rule(block=st.integers(1, 16))
+    def snapshot_and_restore(self, block):
+        old = self.sequence
+        old.rewrite([])
+        context = old.context
+        stop = (old.cache.length + context.dropped) // block * block
+        held = [*context.kept, *range(context.settled, len(self.text))]
+        if held and stop < context.settled:
+            return  # what the tokens behind would see is gone
+        self.sequence = self.new_sequence(self.text[:PROMPT])
+        self.sequence.context.append(self.text[PROMPT:])
+        kept = self.sequence.context.fold(stop)
+        if kept:
+            rows = old.cache.gather([held.index(token) for token in kept])
+            self.sequence.cache.reserve(len(kept))
+            self.sequence.cache.write_rows(0, rows)
+            self.sequence.cache.extend(len(kept))
+        self.pieces = ()
+
+    @precondition(lambda self: self.turn is None)
+    @rule()
+    def suspend(self):
+        self.sequence.rewrite([])
+        self.pieces = ()
+        self.sequence.clear()
+
+
+@pytest.fixture(autouse=True)
+def drop_early(monkeypatch):
+    monkeypatch.setattr(sequence_module, "DROP", 4)
+
+
+@pytest.mark.parametrize("policy", ["separators", "cascade", "anchors"])
+@pytest.mark.parametrize(
+    ("kind", "placement"), [("llama", Placement.BESIDE), ("llama", Placement.END), ("gpt2", Placement.TURN)]
+)
+def test_any_sequence_of_operations_is_exact(kind, placement, policy):
+    machine = type("Machine", (Windowed,), {"kind": kind, "placement": placement, "policy": policy})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+        ),
+    )
+
+
+@pytest.mark.parametrize("policy", ["separators", "cascade", "anchors"])
+@pytest.mark.parametrize("budget", [1, 13, 512])
+def test_reading_in_any_chunks_equals_the_masked_forward_and_keeps_few_rows(policy, budget):
+    plain, runner = tiny_model("llama")
+    text = torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(3)).tolist()
+    context = Context(
+        text[:PROMPT], placement=Placement.BESIDE, limit=400, reserved=8, refresh=REFRESH, window=window(policy)
+    )
+    sequence = Sequence(runner, context, max_rows=400)
+    context.append(text[PROMPT:-1])
+    sequence.run(runner, budget)
+    sequence.settle()
+    context.append(text[-1:])
+    ours = sequence.run(runner, budget)
+    sees = seen_by(policy, text, len(text))
+    ids, _, visible = layout(Placement.BESIDE, text, (), len(text), sees)
+    positions = [i if i < SINK else i + 8 for i in range(len(text))]
+    reference = reference_logits(plain, ids, positions, visible)
+    torch.testing.assert_close(ours[-1], reference[-1], atol=1e-4, rtol=1e-4)
+    assert sequence.computed == len(text)  # dropping computes nothing again
+    assert sequence.cache.length <= int(sees[-1].sum()) + LONGEST < 0.7 * len(text)
