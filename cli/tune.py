@@ -11,7 +11,21 @@ from longstride.errors import BadInput
 
 if TYPE_CHECKING:
     from longstride.engine.model import PlainModel
-    from longstride.tuning.recipe import Marks
+    from longstride.tuning.recipe import Marks, Recipe
+
+Corpora = Annotated[list[Path], typer.Option("--corpus", help="Texts to train on; files and folders, repeatable.")]
+Out = Annotated[Path, typer.Option("--out", help="The adapter's folder; a run that was stopped goes on there.")]
+Steps = Annotated[int, typer.Option("--steps", help="Windows trained on, one a step.")]
+Rate = Annotated[float, typer.Option("--rate", help="Learning rate at its highest.")]
+Warmup = Annotated[float, typer.Option("--warmup", help="Share of the steps in which the rate rises to it.")]
+Rank = Annotated[int, typer.Option("--rank", help="Rank of the LoRA.")]
+Alpha = Annotated[int, typer.Option("--alpha", help="Its scale, times the rank.")]
+Dropout = Annotated[float, typer.Option("--dropout", help="Dropout of the LoRA.")]
+Modules = Annotated[
+    str | None, typer.Option("--modules", help="Names of adapted modules, with commas.", show_default="all linear ones")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Everything drawn follows from it.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Write a plot of the losses to this file.")]
 
 app = typer.Typer(help="Fine-tune an adapter on your own text.", no_args_is_help=True)
 
@@ -23,24 +37,21 @@ def root() -> None:
 
 @app.command()
 def marks(
-    corpus: Annotated[list[Path], typer.Option("--corpus", help="Texts to train on; files and folders, repeatable.")],
-    out: Annotated[Path, typer.Option("--out", help="The adapter's folder; a run that was stopped goes on there.")],
+    corpus: Corpora,
+    out: Out,
     layout: Annotated[
         str, typer.Option("--layout", help="What is trained for: a layout as in `eval perplexity`.")
     ] = "end,passages=3",
     acts: Annotated[
         str, typer.Option("--acts", help="Where the adapter acts: on the segment and what follows it, or everywhere.")
     ] = "segment",
-    steps: Annotated[int, typer.Option("--steps", help="Windows trained on, one a step.")] = 1000,
-    rate: Annotated[float, typer.Option("--rate", help="Learning rate at its highest.")] = 1e-3,
-    warmup: Annotated[float, typer.Option("--warmup", help="Share of the steps in which the rate rises to it.")] = 0.1,
-    rank: Annotated[int, typer.Option("--rank", help="Rank of the LoRA.")] = 16,
-    alpha: Annotated[int, typer.Option("--alpha", help="Its scale, times the rank.")] = 32,
-    dropout: Annotated[float, typer.Option("--dropout", help="Dropout of the LoRA.")] = 0.05,
-    modules: Annotated[
-        str | None,
-        typer.Option("--modules", help="Names of adapted modules, with commas.", show_default="all linear ones"),
-    ] = None,
+    steps: Steps = 1000,
+    rate: Rate = 1e-3,
+    warmup: Warmup = 0.1,
+    rank: Rank = 16,
+    alpha: Alpha = 32,
+    dropout: Dropout = 0.05,
+    modules: Modules = None,
     mark_ids: Annotated[
         str | None,
         typer.Option(
@@ -59,53 +70,105 @@ def marks(
     frame: Annotated[
         bool, typer.Option("--frame", help="Read texts behind the chat's prompt, as sessions do; else alone.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Everything drawn follows from it.")] = 0,
+    seed: Seed = 0,
     model: c.ModelName = None,
     device: c.Device = None,
     dtype: c.Dtype = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a plot of the losses to this file.")] = None,
+    plot: Plot = None,
 ) -> None:
     """LoRA and two marks, for passages at the end of the text (FlashBack) or anywhere else."""
-    from longstride.engine.model import load_plain
-    from longstride.scheduler.settings import SYSTEM
     from longstride.tuning.layouts import Layout
-    from longstride.tuning.recipe import Recipe, Steps
-    from longstride.tuning.report import need_matplotlib, write_json
-    from longstride.tuning.strides import Corpus, Places, Shape
-    from longstride.tuning.texts import texts
-    from longstride.tuning.training import Run
-    from longstride.tuning.training import plot as draw
+    from longstride.tuning.recipe import Recipe
+    from longstride.tuning.strides import Shape
 
     wanted = Layout.parse(layout)
     if acts not in {"segment", "everywhere"}:
         raise BadInput(f"--acts is segment or everywhere, not {acts!r}")
-    shape = Shape(window, strides, stride, query_tokens, passage_tokens, wanted.passages)
     recipe = Recipe(
-        layout=wanted, shape=shape, acts="segment" if acts == "segment" else "everywhere", steps=steps, rate=rate,
+        layout=wanted, shape=Shape(window, strides, stride, query_tokens, passage_tokens, wanted.passages),
+        acts="segment" if acts == "segment" else "everywhere", steps=steps, rate=rate,
         rank=rank, alpha=alpha, dropout=dropout, modules=tuple(name for name in (modules or "").split(",") if name),
         warmup=warmup, chance=chance, distil=distil, seed=seed,
     )  # fmt: skip
+    train(recipe, corpus, out, (model, device, dtype), mark_ids, plot, frame=frame)
+
+
+@app.command()
+def anchors(
+    corpus: Corpora,
+    out: Out,
+    span: Annotated[int, typer.Option("--span", min=2, help="Tokens that an anchor stands for at most.")] = 64,
+    length: Annotated[int, typer.Option("--length", min=64, help="Tokens of text a step.")] = 512,
+    steps: Steps = 1000,
+    rate: Rate = 1e-3,
+    warmup: Warmup = 0.1,
+    rank: Rank = 16,
+    alpha: Alpha = 32,
+    dropout: Dropout = 0.05,
+    modules: Modules = None,
+    seed: Seed = 0,
+    model: c.ModelName = None,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+    plot: Plot = None,
+) -> None:
+    """LoRA for `--window anchors`: under the anchors' mask (AnLLM), which an untuned model does not know."""
+    from longstride.tuning.layouts import Layout
+    from longstride.tuning.recipe import Recipe
+    from longstride.tuning.strides import Shape
+
+    stride, first = 16, 16  # nearly all tokens are targets
+    recipe = Recipe(
+        layout=Layout.parse(f"none,window=anchors:{span}"),
+        shape=Shape(first, (length - first) // stride, stride, first, first - 1, 1),
+        acts="everywhere", steps=steps, rate=rate, rank=rank, alpha=alpha, dropout=dropout,
+        modules=tuple(name for name in (modules or "").split(",") if name), warmup=warmup, seed=seed,
+    )  # fmt: skip
+    train(recipe, corpus, out, (model, device, dtype), None, plot, frame=False)
+
+
+def train(
+    recipe: "Recipe",
+    corpus: list[Path],
+    out: Path,
+    base: tuple[str | None, str | None, str | None],
+    mark_ids: str | None,
+    plot: Path | None,
+    *,
+    frame: bool,
+) -> None:
+    """Run a recipe over a corpus, with its bar. `base`: model, device and dtype; `frame`: behind the chat's prompt."""
+    from longstride.engine.model import load_plain
+    from longstride.scheduler.settings import SYSTEM
+    from longstride.tuning.recipe import Steps
+    from longstride.tuning.report import need_matplotlib, write_json
+    from longstride.tuning.strides import Corpus, Places
+    from longstride.tuning.texts import texts
+    from longstride.tuning.training import Run
+    from longstride.tuning.training import plot as draw
+
+    shape, wanted = recipe.shape, recipe.layout
     if plot is not None:
         need_matplotlib()
     documents = texts(corpus)
-    plain = c.loaded(load_plain, model, device, dtype)
+    plain = c.loaded(load_plain, *base)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"),
         TimeRemainingColumn(), console=c.err, transient=True,
     ) as progress:  # fmt: skip
         task = progress.add_task("indexing", total=len(documents), told="documents")
-        library = Corpus(documents, plain.tokenizer, passage_tokens, lambda n: progress.advance(task, n))
+        library = Corpus(documents, plain.tokenizer, shape.passage, lambda n: progress.advance(task, n))
         progress.update(task, description="looking for windows", total=None, told="")
         positions = plain.model.config.max_position_embeddings
-        if shape.span + (wanted.passages + 1) * passage_tokens > positions:
+        if shape.span + (wanted.passages + 1) * shape.passage > positions:
             raise BadInput(
-                f"a window of {window} with its targets and passages passes the model's {positions} positions"
+                f"a window of {shape.window} with its targets and passages passes the model's {positions} positions"
             )
         places = Places(documents, library, shape)
         pair = chosen_marks(plain, mark_ids) if wanted.marks else ((), ())
         prompt = list(plain.tokenizer.frame(SYSTEM).prompt) if frame else []
         run = Run(plain, recipe, Steps(recipe, places, pair, prompt), pair, out, manifest(plain, documents))
-        progress.update(task, description="training", total=steps, completed=run.step, told="steps")
+        progress.update(task, description="training", total=recipe.steps, completed=run.step, told="steps")
 
         def tell(line: dict[str, float]) -> None:
             told = f"steps, loss {line['loss']:.3f}" + (f" (none {line['none']:.3f})" if "none" in line else "")
@@ -116,7 +179,7 @@ def marks(
         draw(run.log, plot)
     last = run.log[-min(len(run.log), 50) :]
     c.out.print(
-        f"{out}: {steps:,} steps, {int(sum(line['targets'] for line in run.log)):,} targets, "
+        f"{out}: {recipe.steps:,} steps, {int(sum(line['targets'] for line in run.log)):,} targets, "
         f"{sum(line['seconds'] for line in run.log):,.0f} s; loss of the last {len(last)} steps "
         f"{sum(line['loss'] for line in last) / len(last):.3f}",
         markup=False,

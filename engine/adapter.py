@@ -51,7 +51,7 @@ class Adapter:
     left and right of passages, possibly none. `everywhere`: acts on all rows of a sequence, else on those from the
     boundary on. `tokens`: where in `embedded` [n, hidden] the input embedding of a token of its own stands. `factors`:
     by the name of a model's product, its scale included. `placement`: the one it was trained for, where it says so; its
-    marks, or that it has none, belong to that.
+    marks, or that it has none, belong to that. `window`: the policy it was trained for, where it must be that.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Adapter:
     embedded: torch.Tensor
     factors: Mapping[str, Factors]
     placement: str = ""
+    window: str = ""
 
     def embed(self, ids: Sequence[int], rows: torch.Tensor) -> None:
         """Put the embeddings of its own tokens among `ids` into `rows` [len(ids), hidden]."""
@@ -137,10 +138,9 @@ def _load(folder: Path, model: "Model") -> Adapter:
     scales = {path: pair[2] for path, pair in pairs.items()}
     fingerprint = _fingerprint(tensors, {"everywhere": everywhere, "marks": marks, "scales": scales, "tokens": tokens})
     embedded = embedded.to(runner.device, runner.dtype)
-    placement = own.get("placement")
+    placement, window = (value if isinstance(value := own.get(key), str) else "" for key in ("placement", "window"))
     return Adapter(
-        folder.resolve().name, fingerprint, marks, everywhere, tokens, embedded, factors,
-        placement if isinstance(placement, str) else "",
+        folder.resolve().name, fingerprint, marks, everywhere, tokens, embedded, factors, placement, window
     )  # fmt: skip
 
 

@@ -10,12 +10,12 @@ from typing import Any, Self
 
 from sqlite_utils import Database as Tables
 
-from longstride.engine.adapter import Adapter, load_adapter, shipped_adapter
 from longstride.engine.embedded import Progress, silent
 from longstride.engine.identity import pack_ids, unpack_ids
 from longstride.engine.model import Model, load_model
 from longstride.engine.pieces import MemoryPieces
 from longstride.errors import BadInput
+from longstride.scheduler.adapters import Adapters
 from longstride.scheduler.core import Change, Core
 from longstride.scheduler.device import Device
 from longstride.scheduler.passages import split_text
@@ -37,9 +37,6 @@ class Assistant:
         self._progress = progress
         self._given = model
         self._open: dict[str, Session] = {}
-        self._adapters: dict[
-            Path, tuple[list[tuple[str, int, int]], Adapter]
-        ] = {}  # with its files' names, sizes, times
         self._opening = asyncio.Lock()
 
     @classmethod
@@ -69,6 +66,7 @@ class Assistant:
         except BaseException:
             self.database.close()
             raise
+        self.adapters = Adapters(self.model)
         self.documents = Documents(self.database)
         self.sessions = Sessions(self.database)
         self.blocks = Blocks(self.database, settings.blocks_limit_bytes)
@@ -138,7 +136,7 @@ class Assistant:
         data = settings.model_dump(mode="json")
         prompt = pack_ids(self.model.tokenizer.frame(settings.system).prompt)
         row = StoredSession(0, name, self.model.name, self.model.vocabulary, data, prompt, 0, 0, "", "")
-        adapter = await asyncio.to_thread(self._adapter, settings)
+        adapter = await asyncio.to_thread(self.adapters.of, settings)
         session = Session(self.core, row, settings, adapter)  # checks the settings before anything is stored
         session.id = await self.database.awrite(
             lambda tables: self.sessions.create(tables, name, self.model.name, self.model.vocabulary, data, prompt)
@@ -153,25 +151,12 @@ class Assistant:
                 f"--model {stored.model}, or start a session of another name"
             )
         settings = changed(self.settings.for_sessions(), {**stored.settings, **changes})
-        session = Session(self.core, stored, settings, await asyncio.to_thread(self._adapter, settings))
+        session = Session(self.core, stored, settings, await asyncio.to_thread(self.adapters.of, settings))
         await session.restore(stored, array("I", unpack_ids(ids)), passages)
         if changes:
             data = settings.model_dump(mode="json")
             await self.database.awrite(lambda tables: self.sessions.change(tables, stored.id, data))
         return session
-
-    def _adapter(self, settings: SessionSettings) -> Adapter | None:
-        """A session's adapter: loaded once and shared, loaded again when its files have changed."""
-        name = settings.adapter
-        folder = shipped_adapter(self.model.name, settings.placement) if name == "auto" else Path(name).resolve()
-        if name == "none" or folder is None:
-            return None
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        held = self._adapters.get(folder)
-        if held is None or held[0] != stats:
-            held = self._adapters[folder] = stats, load_adapter(folder, self.model)
-        return held[1]
 
     def close_session(self, name: str, why: str = "it was closed") -> None:
         """Let go of a session's memory, once what it is doing has ended; what is stored of it stays."""

@@ -16,6 +16,7 @@ from longstride.engine.context import MIN_SINK, Context, Placement
 from longstride.engine.draft import MOST_NODES
 from longstride.engine.sequence import Sequence
 from longstride.errors import BadInput, ContextFull, StorageError
+from longstride.scheduler.adapters import check_adapter
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
 from longstride.scheduler.core import Also, Change, Core
 from longstride.scheduler.marks import Marks
@@ -65,11 +66,7 @@ class Session:
         self.resumed: ResumeReport | None = None
         tokenizer = core.model.tokenizer
         self.frame = tokenizer.frame(settings.system)
-        if adapter is not None and adapter.placement in set(Placement) - {settings.placement}:
-            raise BadInput(
-                f"adapter {adapter.name} was trained for placement {adapter.placement}, and session {self.name!r} has "
-                f"{settings.placement}; open one with --placement {adapter.placement}, or take --adapter none"
-            )
+        check_adapter(adapter, settings, self.name)
         self.marks = Marks.of(tokenizer, settings.placement, adapter)
         limit = core.model.runner.max_positions
         if settings.context_tokens is not None:

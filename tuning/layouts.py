@@ -136,6 +136,8 @@ class Scorer:
                 f"layout {layout}: adapter {adapter.name} acts on a segment behind the text only, so prepending is the "
                 "same without it"
             )
+        if adapter is not None and adapter.window not in {"", layout.window.partition(":")[0]}:
+            raise BadInput(f"layout {layout}: adapter {adapter.name} was trained for window={adapter.window}:TOKENS")
         around = sum(map(len, self._marks(layout, adapter)))
         if layout.place == "beside" and around >= shape.passage:
             raise BadInput(f"layout {layout}: passages of {shape.passage} tokens leave no room between the marks")

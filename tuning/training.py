@@ -261,6 +261,7 @@ class Run:
             "format": 1,
             "acts": self.recipe.acts,
             "placement": self.recipe.layout.place,
+            "window": self.recipe.layout.window.partition(":")[0],
             **self.manifest,
             **self._identity(),
             "targets": int(sum(line["targets"] for line in self.log)),

@@ -143,3 +143,23 @@ def test_a_training_that_cannot_be_is_refused(folder, arguments, message):
     with pytest.raises(BadInput, match=message):
         invoke(tune.app, "marks", *first, "--out", folder / "out", *SIZES, *TRAINED, *arguments)
     assert not (folder / "out").exists()
+
+
+def test_an_adapter_for_anchors_is_trained_measured_and_used_where_it_fits(folder):
+    corpus = ["--corpus", folder / "train", "--out", folder / "out"]
+    done = invoke(
+        tune.app, "anchors", *corpus, "--span", "12", "--length", "64", "--steps", "2", "--rank", "2", "--dropout", "0"
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "2 steps, 96 targets" in done.stdout
+    mine = ["--adapter", f"mine={folder / 'out'}"]
+    asked = ["none", "none,window=anchors:12", "none,adapter=mine,window=anchors:12"]
+    done = perplexity(
+        folder, *mine, *(word for name in asked for word in ("--layout", name)), "--json", folder / "r.json"
+    )
+    assert done.exit_code == 0, done.stderr
+    losses = {cell["layout"]: cell["losses"] for cell in json.loads((folder / "r.json").read_text())["cells"]}
+    assert list(losses) == asked
+    assert losses[asked[0]] != losses[asked[1]] != losses[asked[2]]
+    with pytest.raises(BadInput, match="trained for window=anchors"):
+        perplexity(folder, *mine, "--layout", "none,adapter=mine")

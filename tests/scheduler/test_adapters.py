@@ -9,7 +9,7 @@ import pytest
 from longstride import Assistant
 from longstride.engine.context import Placement
 from longstride.errors import BadInput, ModelError, StorageError
-from longstride.scheduler import assistant as assistant_module
+from longstride.scheduler import adapters as adapters_module
 from tests.lora import own_file, save_adapter
 from tests.tiny import tiny_assistant_model
 
@@ -176,7 +176,7 @@ async def test_auto_takes_the_adapter_that_comes_along(tmp_path, folders, monkey
         assert (await assistant.session("before")).sequence.adapter is None
         asked = []
         monkeypatch.setattr(
-            assistant_module, "shipped_adapter", lambda *names: asked.append(names) or folders / "segment x"
+            adapters_module, "shipped_adapter", lambda *names: asked.append(names) or folders / "segment x"
         )
         session = await assistant.session("s", placement="end")
         assert session.sequence.adapter.name == "segment x"
