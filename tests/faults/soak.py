@@ -33,6 +33,7 @@ SETTINGS = {
     "system": "s", "passage_tokens": 24, "passages": 2, "refresh": 8, "stride": 4, "max_tokens": 10, "block_tokens": 16,
     "budget_tokens": 64, "context_tokens": 768, "window": "sinks",
 }  # fmt: skip
+WINDOWS = ("sinks", "separators", "cascade", "anchors")  # sessions have them in turn
 ROOT = "soak"
 OUTSTANDING = 40  # messages without a reply at most, so that there is something to take in for every life
 
@@ -51,6 +52,16 @@ def messages(count: int, sessions: int) -> list[tuple[str, str, dict]]:
             question = f"What of word{rng.randrange(400)} and word{rng.randrange(400)}?"
             out.append((session, "ask", {"id": str(number), "question": question, "remember": rng.random() < 0.2}))
     return out
+
+
+def window(session: str) -> dict:
+    return {"window": WINDOWS[int(session[1:]) % len(WINDOWS)], "recent_tokens": 48, "span_tokens": 16}
+
+
+async def prepare(db: Path, sessions: int) -> None:
+    async with Assistant.open(db, model=tiny_assistant_model(), **SETTINGS) as assistant:
+        for number in range(sessions):
+            await assistant.session(f"s{number}", **window(f"s{number}"))
 
 
 # --- one life of the worker ---
@@ -143,7 +154,7 @@ async def unbroken(db: Path, plan: list[tuple[str, str, dict]]) -> tuple[dict[st
     answers, streams = {}, {}
     async with Assistant.open(db, model=tiny_assistant_model(), **SETTINGS) as assistant:
         for name in sorted({session for session, _, _ in plan}):
-            session = await assistant.session(name)
+            session = await assistant.session(name, **window(name))
             for of, kind, payload in plan:
                 if of == name and kind == "feed":
                     await session.feed(payload["text"] + "\n")
@@ -219,6 +230,8 @@ def run(folder: Path, kills: int, count: int, sessions: int, seed: int) -> list[
     started = time.monotonic()
     where: Counter[str] = Counter()
     try:
+        if ended(fork(lambda: asyncio.run(prepare(db, sessions))), 60) != 0:
+            return ["the sessions could not be made"]
         client = fork(lambda: heard.write_text(json.dumps(asyncio.run(exchange(broker, plan)))))
         for _ in range(kills):
             point = rng.choice([None, None, *POINTS])
