@@ -131,7 +131,7 @@ def state(session: Session, assistant: Assistant) -> dict[str, Any]:
 async def asked(session: Session, needle: Needle) -> dict[str, Any]:
     """Whether a planted sentence is in view when it is asked for, and in the answer."""
     answer = await session.answer(needle.question, max_tokens=24)
-    view = session.core.model.tokenizer.decode(session.stream[session.whole_from :])
+    view = session.core.model.tokenizer.decode(session.stream[session.view.whole_from :])
     found = needle.sentence in view or any(needle.word in source.text for source in answer.sources)
     return {"depth": needle.depth, "in view": found, "right": needle.word in answer.text, "answer": answer.text}
 

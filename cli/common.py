@@ -42,7 +42,8 @@ Window = Annotated[
     str | None,
     typer.Option(
         "--window",
-        help="When the context is full: refuse, or slide (sinks); separators, cascade and anchors keep fewer rows too.",
+        help="When the context is full: refuse, or slide (sinks; rollup: behind notes on what left; separators, "
+        "cascade, anchors: keeping fewer rows).",
         show_default="refuse",
     ),
 ]

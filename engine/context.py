@@ -208,17 +208,18 @@ class Context:
         self.boundary = boundary
         return min(plain, boundary - self.dropped) if new else plain
 
-    def slide(self, recent: int) -> int:
-        """Keep the prompt and the last `recent` tokens, positions counted anew; returns how many rows stay valid.
+    def slide(self, recent: int, lead: Sequence[int] = ()) -> int:
+        """Keep the prompt, then `lead` and the last `recent` tokens, positions counted anew; returns how many rows stay
+        valid.
 
         What left is forgotten by the context (not by the stream, which stays retrievable). Not during a turn.
         """
         if self.turn is not None or self.segment:
             raise ValueError("a window slides between turns only")
         dropped = len(self.text) - self.prompt - recent
-        if dropped <= 0:
+        if dropped <= 0 and not lead:
             return len(self.text)
-        del self.text[self.prompt : self.prompt + dropped]
+        self.text[self.prompt : self.prompt + max(0, dropped)] = lead
         return self._restart(self.prompt)
 
     # --- rows that a window drops ---

@@ -80,9 +80,9 @@ class Sequence:
         self.draft = ()
         self.cache.truncate(self.context.end_turn(keep=keep))
 
-    def slide(self, recent: int) -> None:
+    def slide(self, recent: int, lead: Ids[int] = ()) -> None:
         """Slide the window (see `Context.slide`) and cut the cache accordingly."""
-        self.cache.truncate(self.context.slide(recent))
+        self.cache.truncate(self.context.slide(recent, lead))
 
     def take_back(self, count: int) -> None:
         """Drop the last text tokens (see `Context.take_back`) and cut the cache accordingly."""

@@ -16,21 +16,22 @@ from longstride.engine.context import MIN_SINK, Context, Placement
 from longstride.engine.draft import MOST_NODES
 from longstride.engine.sequence import Sequence
 from longstride.errors import BadInput, ContextFull, StorageError
+from longstride.scheduler import notes
 from longstride.scheduler.adapters import check_adapter
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
 from longstride.scheduler.core import Also, Change, Core
 from longstride.scheduler.marks import Marks
 from longstride.scheduler.memory import StreamMemory
 from longstride.scheduler.pieces import StoredPieces
-from longstride.scheduler.settings import SessionSettings, changed, changed_for_answer
+from longstride.scheduler.settings import SessionSettings, changed_for_answer
 from longstride.scheduler.snapshot import Snapshot
 from longstride.scheduler.turn import Turn
+from longstride.scheduler.view import View
 from longstride.scheduler.windows import new_window
 from longstride.storage.sessions import StoredSession, StreamPassage
 
 T = TypeVar("T")
 log = logging.getLogger("longstride")
-NOTE = "Note the main points of the last part of the text in one or two sentences."
 RECALLED = 64  # earlier answers that drafts are taken from after a restart
 
 
@@ -105,7 +106,7 @@ class Session:
         self.sequence = Sequence(core.model.runner, context, max_rows=rows, store=self.pieces, adapter=adapter)
         self.snapshot = Snapshot(core.model, core.blocks, core.device, self.sequence, core.block_tokens)
         self.stream = array("I")
-        self.window_start = 0
+        self.view = View(self.sequence, self.stream, self.headroom, leads=settings.window == notes.ROLLUP)
         drafts = settings.drafting != "off"
         self.memory = StreamMemory(self.name, self.stream, tokenizer, settings.passage_tokens, drafts=drafts)
         self._lock = asyncio.Lock()
@@ -117,19 +118,16 @@ class Session:
         """Take over what was stored: token ids, passages, and the KV blocks that are sound."""
         started = time.perf_counter()
         self.stream.extend(stream)
-        self.window_start = stored.window_start
+        lead = await asyncio.to_thread(notes.stored_lead, self) if self.settings.window == notes.ROLLUP else []
         context = self.sequence.context
-        visible = stream[self.window_start :].tolist()
-        if len(visible) > context.room:
+        visible = len(stream) - stored.window_start
+        if visible > context.room and self.settings.window == "refuse":
             # a setting made the context shorter than it was
-            if self.settings.window == "refuse":
-                raise ContextFull(
-                    f"session {self.name!r} holds {len(visible)} tokens, more than the {context.room} "
-                    "that now fit; open it with its former settings or with --window sinks"
-                )
-            self.window_start = len(stream) - self._recent()
-            visible = stream[self.window_start :].tolist()
-        context.append(visible)
+            raise ContextFull(
+                f"session {self.name!r} holds {visible} tokens, more than the {context.room} that now fit; open it "
+                "with its former settings or with --window sinks"
+            )
+        self.view.show(stored.window_start, lead)
         restored, problems = await self.snapshot.restore(self.id)
         answers = await asyncio.to_thread(self.core.sessions.last_texts, self.id, RECALLED)
         await asyncio.to_thread(self.memory.restore, passages, answers)
@@ -143,24 +141,10 @@ class Session:
         """Stream tokens read."""
         return len(self.stream)
 
-    def _recent(self) -> int:
-        """Stream tokens kept when the window slides: half of what fits."""
-        context = self.sequence.context
-        return (context.limit - context.reserved - context.prompt - self.headroom) // 2
-
     @property
-    def whole_from(self) -> int:
-        """From this stream token on all are in view; what lies before can be retrieved."""
-        context = self.sequence.context
-        if context.window is None:
-            return self.window_start
-        return self.window_start + max(0, context.window.whole_from() - context.prompt)
-
-    @property
-    def most_room(self) -> int:
-        """Tokens that fit behind the prompt and a window that has just slid."""
-        context = self.sequence.context
-        return context.limit - context.reserved - context.prompt - self._recent()
+    def window_start(self) -> int:
+        """First stream token in the context."""
+        return self.view.start
 
     async def feed(
         self,
@@ -195,7 +179,7 @@ class Session:
         vocabulary = self.core.model.runner.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise BadInput(f"token ids must be between 0 and {vocabulary - 1}")
-        if notes_every is not None and self._note_tokens() > self.headroom:
+        if notes_every is not None and notes.size(self, notes.NOTE) + 8 > self.headroom:
             raise BadInput(
                 f"a context of {self.sequence.context.limit} tokens is too short for notes; take a longer one "
                 "(context_tokens)"
@@ -214,7 +198,7 @@ class Session:
             while at < len(ids):
                 # the window slides when the next token does not fit, however the text was cut: what a session sees
                 # depends on its stream alone
-                report.slides += self._make_room(1 + self.headroom)
+                report.slides += await self._make_room(1 + self.headroom)
                 size = min(self.core.device.budget_tokens, self.sequence.context.room - self.headroom)
                 if notes_every is not None:
                     size = min(size, notes_every - self.tokens % notes_every)
@@ -225,22 +209,19 @@ class Session:
                 if progress is not None:
                     progress(len(chunk))
                 if notes_every is not None and self.tokens % notes_every == 0:
-                    report.notes.append(Note(self.tokens, await self._note()))
+                    report.notes.append(Note(self.tokens, await notes.note(self)))
             report.encoded = self.sequence.computed - before
         report.seconds = time.perf_counter() - started
         return report
 
-    def _make_room(self, needed: int) -> int:
+    async def _make_room(self, needed: int) -> int:
         """Slide the window if `needed` tokens do not fit; returns how often it slid (0 or 1)."""
-        if needed <= self.sequence.context.room:
+        start = self.view.slid(needed)
+        if start is None:
             return 0
-        visible = self.tokens - self.window_start
-        keep = min(self._recent(), visible)
-        if keep == visible:
-            return 0
-        self.sequence.slide(keep)
+        lead = await notes.roll_up(self, start) if self.settings.window == notes.ROLLUP else []
+        self.view.slide(start, lead)
         self.snapshot.reset()
-        self.window_start = self.tokens - keep
         return 1
 
     async def _read(self, chunk: list[int]) -> None:
@@ -356,31 +337,12 @@ class Session:
     async def note(self, *, also: Also[Answer] | None = None) -> Answer:
         """A running note on what was read last; stored like an answer, together with `also`."""
         async with self._work(self.settings.max_tokens):
-            return await self._note(also)
+            return await notes.note(self, also)
 
     @property
     def question_room(self) -> int:
         """Tokens of a question that fit without sliding the window."""
         return max(0, self.sequence.context.room - self.settings.max_tokens)
-
-    def _note_tokens(self) -> int:
-        """Tokens that a note's question and a few tokens of its answer take."""
-        return (
-            len(self.core.model.tokenizer.encode(f"\n\n{NOTE}")) + len(self.frame.answer) + len(self.frame.resume) + 8
-        )
-
-    async def _note(self, also: Also[Answer] | None = None) -> Answer:
-        """A running note on what was just read; the query is the stream's own end."""
-        head = self.core.model.tokenizer.encode(f"\n\n{NOTE}")
-        settings = changed(self.settings, {"max_tokens": min(self.settings.max_tokens, 96)})
-        recent = self.stream[-settings.query_tokens :].tolist()
-        turn = Turn(self, settings, NOTE, [*head, *self.frame.answer], query=recent)
-        answer: Answer | None = None
-        async for piece in turn.run("note", remember=False, also=also):
-            answer = piece.answer
-        if answer is None:
-            raise RuntimeError("a note ended without its last piece")
-        return answer
 
     async def remember(self, ids: list[int], also: Change) -> None:
         """Make a finished turn's ids (already in the context) part of the stream; `also` is stored with them."""
@@ -391,7 +353,7 @@ class Session:
         """Store where the context begins, which a turn may have moved; inside the caller's transaction."""
         self.core.sessions.append(tables, self.id, self.tokens, b"", [], self.window_start)
 
-    def make_room(self, needed: int) -> None:
+    async def make_room(self, needed: int) -> None:
         """Room for a turn of `needed` tokens, sliding the window where the policy allows it."""
         if self.settings.window != "refuse":
-            self._make_room(needed)
+            await self._make_room(needed)

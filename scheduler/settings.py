@@ -71,7 +71,7 @@ class SessionSettings(BaseModel):
     passages: int = Field(3, ge=1, le=64, description="passages in a segment at most")
     collections: Collections = Field([DEFAULT], description="collections of documents that retrieval draws on")
     refresh: int = Field(16, ge=0, description="text tokens fed again after a segment (beside, end)")
-    window: Literal["refuse", "sinks", "separators", "cascade", "anchors"] = Field(
+    window: Literal["refuse", "sinks", "separators", "cascade", "anchors", "rollup"] = Field(
         "refuse", description="what stays of the text in the cache, and what happens when the context is full"
     )
     recent_tokens: int = Field(512, ge=1, description="last tokens that stay whole (separators, cascade)")

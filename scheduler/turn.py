@@ -70,7 +70,7 @@ class Turn:
         The answer, what joins the stream and `also` are stored in one transaction.
         """
         context = self.sequence.context
-        self._limit = self._room()
+        self._limit = await self._room()
         if context.window is not None:
             await self.core.device.call(self.sequence.settle)
         context.begin_turn()
@@ -121,13 +121,14 @@ class Turn:
         if usage.generated > first:
             timing.tokens_per_second = (usage.generated - first) / timing.decode
 
-    def _room(self) -> int:
+    async def _room(self) -> int:
         """Tokens the answer may have. Raises `ContextFull` if not even one fits behind the question."""
         wanted = self.settings.max_tokens
         frame = len(self.session.frame.resume)
         least = len(self.ids) + frame + 1
-        if least <= self.session.most_room:  # a question that will not fit must not slide the window either
-            self.session.make_room(min(least - 1 + min(wanted, self.session.headroom), self.session.most_room))
+        most = self.session.view.most_room
+        if least <= most:  # a question that will not fit must not slide the window either
+            await self.session.make_room(min(least - 1 + min(wanted, self.session.headroom), most))
         room = self.sequence.context.room - least + 1
         if room < 1:
             raise ContextFull(
@@ -190,7 +191,7 @@ class Turn:
             self.core.model.tokenizer.decode(query),
             session.settings.passages,
             session.memory.index,
-            session.whole_from,
+            session.view.whole_from,
             session.settings.collections,
         )
         first = usage.retrievals == 0

@@ -256,6 +256,14 @@ class Sessions:
         rows = self.database.read(lambda tables: tables.conn.execute(query, [session_id, count]).fetchall())
         return [row[3] for row in reversed(rows) if _sound_answer(row)]
 
+    def last_answer(self, session_id: int, kind: str) -> str | None:
+        """The text of the last answer of a kind, if there is one. Raises `StorageError` if it is damaged."""
+        query = f"select {ANSWER}, checksum from answers where session_id = ? and kind = ? order by id desc limit 1"  # noqa: S608
+        row = self.database.read(lambda tables: tables.conn.execute(query, [session_id, kind]).fetchone())
+        if row is not None and not _sound_answer(row):
+            raise damaged(str(session_id), "the notes that stand for its beginning are not what was stored")
+        return None if row is None else str(row[3])
+
     def problems(self, tables: Tables, session_id: int) -> list[str]:
         """What is damaged of a session and its answers, a sentence each."""
         found = []

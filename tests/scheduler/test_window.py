@@ -2,6 +2,7 @@
 
 import pytest
 
+from longstride.errors import StorageError
 from tests.scheduler.test_session import TEXT, opened
 
 
@@ -11,7 +12,7 @@ async def window_and_answer(assistant) -> tuple[int, list[int], str]:
     return session.window_start, list(session.sequence.context.text), answer.text
 
 
-@pytest.fixture(params=["sinks", "separators", "cascade", "anchors"])
+@pytest.fixture(params=["sinks", "separators", "cascade", "anchors", "rollup"])
 def policy(request):
     return {"window": request.param, "recent_tokens": 40, "span_tokens": 12}
 
@@ -108,7 +109,7 @@ async def test_what_a_policy_dropped_is_retrieved_though_the_window_still_spans_
         assert session.sequence.cache.length < 150
         answer = await session.answer("thing2 thing2", max_tokens=2)
         assert answer.sources
-        assert all(s.stop <= session.whole_from for s in answer.sources)
+        assert all(s.stop <= session.view.whole_from for s in answer.sources)
 
 
 async def test_snapshots_hold_what_is_kept_only(tmp_path, policy):
@@ -137,3 +138,33 @@ async def test_a_window_that_a_question_moved_is_stored_with_the_answer(tmp_path
         assert moved > 0
     async with opened(tmp_path) as assistant:
         assert (await assistant.session("s")).window_start == moved
+
+
+async def test_notes_stand_for_what_left_and_roll_on(tmp_path):
+    async with opened(tmp_path, window="rollup") as assistant:
+        session = await assistant.session("s")
+        report = await session.feed(TEXT)
+        written = assistant.sessions.answers(session.id, "rollup")
+        assert len(written) == report.slides > 1
+        context, lead = session.sequence.context, session.view.lead
+        decode = assistant.model.tokenizer.decode
+        assert decode(lead) == f"[Before: {written[-1]['text'].strip()}]\n\n"[: session.view.most_lead]
+        assert context.text[context.prompt :] == [*lead, *session.stream[session.window_start :]]
+        before = session.window_start, list(context.text)
+    async with opened(tmp_path, window="sinks") as assistant:
+        session = await assistant.session("s", window="sinks")  # notes are this policy's alone
+        assert decode(session.sequence.context.text[context.prompt :]) == TEXT[before[0] :]
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s", window="rollup")
+        assert (session.window_start, session.sequence.context.text) == before
+
+
+async def test_damaged_notes_are_refused(tmp_path):
+    async with opened(tmp_path, window="rollup") as assistant:
+        await (await assistant.session("s")).feed(TEXT)
+        await assistant.database.awrite(
+            lambda tables: tables.conn.execute("update answers set text = 'other' where kind = 'rollup'")
+        )
+    async with opened(tmp_path) as assistant:
+        with pytest.raises(StorageError, match="notes that stand for its beginning"):
+            await assistant.session("s")
