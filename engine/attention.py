@@ -31,10 +31,11 @@ class Slice:
     """New tokens of one cache in a forward.
 
     `row`: where their KV goes. `visible`: which earlier rows they see, as ascending ranges; None means all of
-    `0 .. row-1`. `mask`: bool [n, m] over the last m of the rows that are visible and the new ones, who sees whom;
-    None means causal among the new ones. `logits`: for how many of the last tokens logits are wanted. `drafted`: how
-    many of the last tokens may be wrong; their rows are written, and not valid until they are kept. `adapter`: what
-    acts on these rows besides the model. Slices of one cache may share a forward if they are in row order.
+    `0 .. row-1`. `mask`: [n, m] over the last m of the rows that are visible and the new ones: who sees whom (bool), or
+    what is added to the logits (float, -inf for unseen); None means causal among the new ones. `logits`: for how many
+    of the last tokens logits are wanted. `drafted`: how many of the last tokens may be wrong; their rows are written,
+    and not valid until they are kept. `adapter`: what acts on these rows besides the model. Slices of one cache may
+    share a forward if they are in row order.
     """
 
     cache: KVCache
@@ -61,11 +62,14 @@ class Slice:
         if n == 1 and self.mask is None:
             return None
         m = n if self.mask is None else self.mask.shape[1]
-        width = rows if m < rows and n * rows <= WIDE else m
+        width = rows if m < rows and n > 1 and n * rows <= WIDE else m  # a single row's keys are better split
         if self._bias is None or self._bias.shape != (group * n, width):
             among = torch.ones(n, n, dtype=torch.bool).tril() if self.mask is None else self.mask
             bias = torch.zeros(n, width, dtype=dtype)
-            bias[:, width - m :].masked_fill_(~among, -math.inf)
+            if among.dtype == torch.bool:
+                bias[:, width - m :].masked_fill_(~among, -math.inf)
+            else:
+                bias[:, width - m :] = among
             self._bias = bias.repeat(group, 1).to(device)
         return self._bias
 

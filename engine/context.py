@@ -11,6 +11,7 @@ The three placements differ only in where the boundary lies, and in positions an
   reserved when the context starts, and see the sink and themselves only; the text follows that range.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -64,8 +65,9 @@ class Context:
     """The ids of a sequence, where the segment stands, and which rows follow from that.
 
     `limit`: positions the model has. `reserved`: positions kept free for a segment, from the start. `sink`: first
-    tokens that every passage sees (`beside`). `window` decides which tokens' rows stay; all of them without one. No
-    method touches KV; `rewrite` and its kin return how many rows of the cache stay valid.
+    tokens that every passage sees (`beside`). `weight`: of each further piece of a segment against the one before it,
+    for the tail (`beside`). `window` decides which tokens' rows stay; all of them without one. No method touches KV;
+    `rewrite` and its kin return how many rows of the cache stay valid.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Context:
         limit: int,
         reserved: int,
         refresh: int = 16,
+        weight: float = 1.0,
         window: Window | None = None,
     ) -> None:
         least = 1 if placement is Placement.BESIDE else 0  # beside, the last token must come to see the passages
@@ -84,7 +87,10 @@ class Context:
         self.placement = placement
         self.limit = limit
         self.reserved = reserved
+        if not 0 < weight <= 1:
+            raise BadInput(f"a passage's weight is above 0 and at most 1, not {weight}")
         self.refresh = refresh
+        self.weight = weight
         self.prompt = len(prompt)
         self.sink = max(len(prompt), MIN_SINK)
         self.text: list[int] = list(prompt)
@@ -128,6 +134,14 @@ class Context:
     def room(self) -> int:
         """Text tokens that still fit beside a full segment."""
         return self.limit - self.reserved - len(self.text)
+
+    @property
+    def discounts(self) -> list[float]:
+        """What is added to the tail's attention logits at each row of the segment; empty where that is nothing."""
+        if self.placement is not Placement.BESIDE or self.weight == 1 or len(self.segment) < 2:
+            return []
+        step = math.log(self.weight)
+        return [rank * step for rank, piece in enumerate(self.segment) for _ in piece]
 
     def position(self, index: int) -> int:
         """Position of text token `index` (an index into `text`)."""

@@ -4,6 +4,7 @@ The heart of the engine in one place: edit the context, truncate the cache to wh
 missing. Whether those rows are a chunk of text, a fresh segment or one decoded token makes no difference.
 """
 
+import math
 from collections.abc import Sequence as Ids
 from dataclasses import replace
 from typing import Protocol
@@ -140,7 +141,22 @@ class Sequence:
                 slices[-1] = self._with_draft(last, drafted)
             self.draft = ()
         self._known = known
-        return slices
+        return [self._discounted(piece) for piece in slices]
+
+    def _discounted(self, piece: Slice) -> Slice:
+        """`piece` with what the context takes off the segment's pieces, if it stands behind them."""
+        context = self.context
+        first, discounts = context.plain_rows, context.discounts
+        if not discounts or piece.row < first + len(discounts):
+            return piece
+        n = len(piece.ids)
+        among = torch.ones(n, n, dtype=torch.bool).tril() if piece.mask is None else piece.mask
+        behind = piece.row - first + n  # rows from the segment on
+        width = max(behind, among.shape[1])
+        weights = torch.zeros(n, width)
+        weights[:, width - behind : width - behind + len(discounts)] = torch.tensor(discounts)
+        weights[:, width - among.shape[1] :].masked_fill_(~among, -math.inf)
+        return replace(piece, mask=weights)
 
     def _slice(self, part: Part) -> Slice:
         positions = range(part.position, part.position + len(part.ids))

@@ -93,6 +93,7 @@ class Session:
             limit=limit,
             reserved=reserved,
             refresh=settings.refresh,
+            weight=settings.passage_weight,
             window=new_window(settings, tokenizer, max(len(self.frame.prompt), MIN_SINK)),
         )
         self.headroom = min(settings.max_tokens + 128, context.room // 4)

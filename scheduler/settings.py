@@ -69,6 +69,9 @@ class SessionSettings(BaseModel):
     query_tokens: int = Field(32, ge=1, description="last tokens of text that form the query")
     passage_tokens: int = Field(128, ge=1, description="tokens of a passage at most")
     passages: int = Field(3, ge=1, le=64, description="passages in a segment at most")
+    passage_weight: float = Field(
+        0.5, gt=0, le=1, description="weight of each further passage against the one before it (beside); 1 is equal"
+    )
     collections: Collections = Field([DEFAULT], description="collections of documents that retrieval draws on")
     refresh: int = Field(16, ge=0, description="text tokens fed again after a segment (beside, end)")
     window: Literal["refuse", "sinks", "separators", "cascade", "anchors", "rollup"] = Field(
@@ -185,8 +188,8 @@ def changed(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettin
 def changed_for_answer(settings: SessionSettings, changes: dict[str, Any]) -> SessionSettings:
     """`changed`, refusing what would change the session itself."""
     own = {
-        "placement", "adapter", "passage_tokens", "passages", "collections", "refresh", "window", "recent_tokens",
-        "span_tokens", "context_tokens", "system",
+        "placement", "adapter", "passage_tokens", "passages", "passage_weight", "collections", "refresh", "window",
+        "recent_tokens", "span_tokens", "context_tokens", "system",
     }  # fmt: skip
     fixed = own & set(changes)
     if fixed:

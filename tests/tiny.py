@@ -55,8 +55,10 @@ def tiny_model(kind: str):
 
 @torch.inference_mode()
 def reference_logits(model, ids: Sequence[int], positions: Sequence[int], visible: torch.Tensor) -> torch.Tensor:
-    """One fresh forward over everything: logits [rows, vocabulary]. `visible`: bool [rows, rows]."""
-    bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    """One fresh forward over everything: logits [rows, vocabulary]. `visible`: bool [rows, rows], or what is added."""
+    bias = visible
+    if visible.dtype == torch.bool:
+        bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     out = model(
         input_ids=torch.tensor([list(ids)]),
         position_ids=torch.tensor([list(positions)]),

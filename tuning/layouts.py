@@ -31,7 +31,8 @@ BUDGET = 4096  # rows a forward
 class Layout:
     """One row of the grid. `passages`: a segment's at most; `refresh` as in a session; `source`: which
     passages (see `Stride`); `marks`: whether they stand between marks; `every`: passages change every so many strides;
-    `adapter`: a name, resolved by the grid; `window`: POLICY:TOKENS, what stays of the text (with `none` only)."""
+    `adapter`: a name, resolved by the grid; `window`: POLICY:TOKENS, what stays of the text (with `none` only);
+    `weight`: of each further passage (`beside`)."""
 
     place: Place = "beside"
     passages: int = 1
@@ -41,6 +42,7 @@ class Layout:
     every: int = 1
     adapter: str = ""
     window: str = ""
+    weight: float = 0.5
 
     @classmethod
     def parse(cls, spelled: str) -> "Layout":
@@ -90,6 +92,14 @@ def _value(spelled: str, name: str, value: str, kind: type) -> Any:
         if not value.isdecimal() or (int(value) < 1 and name != "refresh"):
             raise BadInput(f"layout {spelled!r}: {name} is a number from 1 on, not {value!r}")
         return int(value)
+    if kind is float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not 0 < number <= 1:
+            raise BadInput(f"layout {spelled!r}: {name} is a number above 0 and at most 1, not {value!r}")
+        return number
     return value
 
 
@@ -188,6 +198,7 @@ class Scorer:
             limit=length,
             reserved=shape.passage if beside else total,
             refresh=layout.refresh,
+            weight=layout.weight,
         )
         context.append(window.text)
         sequence = Sequence(self.runner, context, max_rows=length + total, adapter=adapter)

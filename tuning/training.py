@@ -102,7 +102,7 @@ class Losses:
             with frozen, nullcontext() if self.everywhere else self.model.disable_adapter():
                 past, base = self._text(data)
             past.batch_repeat_interleave(len(tree.branches))
-        hidden = self._hidden(data.ids, data.positions, self._bias(data.mask), past)
+        hidden = self._hidden(data.ids, data.positions, self._bias(data.mask, data.added), past)
         return self._logits(hidden[data.at[0], data.at[1]]), None if self.everywhere else base
 
     def _text(self, data: Batch) -> tuple[Any, torch.Tensor]:
@@ -114,9 +114,9 @@ class Losses:
         hidden = self._hidden(data.text, data.text_positions, self._bias(mask), cache)
         return cache, self._logits(hidden[0, data.plain]).detach()
 
-    def _bias(self, mask: torch.Tensor) -> torch.Tensor:
+    def _bias(self, mask: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """Additive, because eager attention takes a bool mask for numbers."""
-        bias = torch.zeros(mask.shape, dtype=self.dtype, device=self.device)
+        bias = torch.zeros(mask.shape, dtype=self.dtype, device=self.device) if added is None else added.to(self.dtype)
         return bias.masked_fill_(~mask, torch.finfo(self.dtype).min)[:, None]
 
     def _hidden(self, ids: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, past: Any) -> torch.Tensor:

@@ -21,7 +21,8 @@ from longstride.tuning.strides import Shape, Window
 @dataclass
 class Branch:
     """Rows behind the first `sees` text rows. `mask`: bool [n, sees + n], who sees whom. `first`: the row that
-    predicts the first of `targets`; the others follow one by one."""
+    predicts the first of `targets`; the others follow one by one. `discounts`: what the rows behind the segment have
+    added to their logits at each of its rows, which come first."""
 
     ids: list[int]
     positions: list[int]
@@ -29,6 +30,7 @@ class Branch:
     mask: torch.Tensor
     first: int
     targets: list[int]
+    discounts: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -49,8 +51,8 @@ class Tree:
 
 @dataclass
 class Batch:
-    """A tree as tensors: text [1, T], branches [m, R], `mask` bool [m, R, T + R]; `at`: (branch, row) pairs [2, n]
-    that predict `targets`."""
+    """A tree as tensors: text [1, T], branches [m, R], `mask` bool and `added` to the logits [m, R, T + R]; `at`:
+    (branch, row) pairs [2, n] that predict `targets`."""
 
     text: torch.Tensor
     text_positions: torch.Tensor
@@ -58,6 +60,7 @@ class Batch:
     ids: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
+    added: torch.Tensor
     at: torch.Tensor
     targets: torch.Tensor
 
@@ -105,6 +108,7 @@ def tree(window: Window, sample: Sample, shape: Shape) -> Tree:
         limit=1 << 30,
         reserved=shape.passage if beside else around + whole,
         refresh=layout.refresh,
+        weight=layout.weight,
     )
     context.append(text[len(sample.prompt) :])
     plain: list[int] = []
@@ -150,7 +154,7 @@ def _branch(context: Context, targets: list[int]) -> Branch:
         mask[own, part.row : part.stop] = torch.ones(n, n, dtype=torch.bool).tril()
         ids += part.ids
         positions += range(part.position, part.position + n)
-    return Branch(ids, positions, plain, mask, rows - len(targets), targets)
+    return Branch(ids, positions, plain, mask, rows - len(targets), targets, context.discounts)
 
 
 def batch(tree: Tree, device: torch.device) -> Batch:
@@ -161,6 +165,7 @@ def batch(tree: Tree, device: torch.device) -> Batch:
     positions = torch.zeros(count, longest, dtype=torch.long)
     mask = torch.zeros(count, longest, seen + longest, dtype=torch.bool)
     mask[:, range(longest), range(seen, seen + longest)] = True
+    added = torch.zeros(mask.shape)
     at: list[tuple[int, int]] = []
     for number, branch in enumerate(tree.branches):
         n = len(branch.ids)
@@ -168,6 +173,8 @@ def batch(tree: Tree, device: torch.device) -> Batch:
         positions[number, :n] = torch.tensor(branch.positions)
         mask[number, :n, : branch.sees] = branch.mask[:, : branch.sees]
         mask[number, :n, seen : seen + n] = branch.mask[:, branch.sees :]
+        behind = len(branch.discounts)
+        added[number, behind:n, seen : seen + behind] = torch.tensor(branch.discounts)
         at += [(number, branch.first + i) for i in range(len(branch.targets))]
     targets = [target for branch in tree.branches for target in branch.targets]
     return Batch(
@@ -180,6 +187,7 @@ def batch(tree: Tree, device: torch.device) -> Batch:
                 ids,
                 positions,
                 mask,
+                added,
                 torch.tensor(at).T,
                 torch.tensor(targets),
             )

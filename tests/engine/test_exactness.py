@@ -1,5 +1,7 @@
 """Promise 1: after any sequence of operations, logits equal one fresh forward over the same ids."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -23,11 +25,11 @@ token = st.integers(0, 255)
 tokens = st.lists(token, min_size=1, max_size=30)
 
 
-def layout(placement, text, pieces, boundary, sees=None):
+def layout(placement, text, pieces, boundary, sees=None, weight=1.0):
     """(ids, positions, visible) written down from the definition in docs/methods.md, not from the code under test.
 
     `sees`: which text tokens see which of those before them: bool [places + 1, places] by their places in the text, the
-    last row for the segment.
+    last row for the segment. `weight`: of each piece against the one before it, for the tail (`beside`).
     """
     n, sink = len(text), max(PROMPT, 4)
     if not pieces:
@@ -59,13 +61,21 @@ def layout(placement, text, pieces, boundary, sees=None):
             if isinstance(kind, int):
                 for k in range(q):
                     visible[q, k] = k < sink or kinds[k] == kind
-    return ids, positions, visible
+    if not beside or weight == 1:
+        return ids, positions, visible
+    added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    for q, kind in enumerate(kinds):
+        for k in range(q):
+            if kind == "tail" and isinstance(kinds[k], int):
+                added[q, k] += math.log(weight ** kinds[k])
+    return ids, positions, added
 
 
 class Exactness(RuleBasedStateMachine):
     kind: str
     placement: Placement
     refresh: int = REFRESH
+    weight: float = 1.0
 
     @initialize(prompt=st.lists(token, min_size=PROMPT, max_size=PROMPT), budget=st.sampled_from([3, 7, 64]))
     def start(self, prompt, budget):
@@ -82,6 +92,7 @@ class Exactness(RuleBasedStateMachine):
             limit=LIMIT,
             reserved=RESERVED,
             refresh=self.refresh,
+            weight=self.weight,
             window=self.new_window(),
         )
         return Sequence(self.runner, context, max_rows=LIMIT + 3 * RESERVED, store=self.store)
@@ -90,7 +101,7 @@ class Exactness(RuleBasedStateMachine):
         return None
 
     def layout(self, text):
-        return layout(self.placement, text, self.pieces, self.boundary)
+        return layout(self.placement, text, self.pieces, self.boundary, weight=self.weight)
 
     @rule(ids=tokens)
     def feed(self, ids):
@@ -228,11 +239,18 @@ class Exactness(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize(
-    ("placement", "refresh"),
-    [(Placement.BESIDE, REFRESH), (Placement.END, REFRESH), (Placement.END, 0), (Placement.TURN, REFRESH)],
+    ("placement", "refresh", "weight"),
+    [
+        (Placement.BESIDE, REFRESH, 0.5),
+        (Placement.BESIDE, REFRESH, 1.0),
+        (Placement.END, REFRESH, 0.5),
+        (Placement.END, 0, 1.0),
+        (Placement.TURN, REFRESH, 1.0),
+    ],
 )
-def test_any_sequence_of_operations_is_exact(kind, placement, refresh):
-    machine = type("Machine", (Exactness,), {"kind": kind, "placement": placement, "refresh": refresh})
+def test_any_sequence_of_operations_is_exact(kind, placement, refresh, weight):
+    named = {"kind": kind, "placement": placement, "refresh": refresh, "weight": weight}
+    machine = type("Machine", (Exactness,), named)
     run_state_machine_as_test(
         machine,
         settings=settings(

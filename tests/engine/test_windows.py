@@ -70,7 +70,8 @@ class Windowed(Exactness):
 
     def layout(self, text):
         ruled = text if self.turn is None else text[: self.turn]
-        return layout(self.placement, text, self.pieces, self.boundary, seen_by(self.policy, ruled, len(text)))
+        sees = seen_by(self.policy, ruled, len(text))
+        return layout(self.placement, text, self.pieces, self.boundary, sees, self.weight)
 
     @rule(pieces=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=8), max_size=3))
     def rewrite(self, pieces):
@@ -139,7 +140,7 @@ def drop_early(monkeypatch):
     ("kind", "placement"), [("llama", Placement.BESIDE), ("llama", Placement.END), ("gpt2", Placement.TURN)]
 )
 def test_any_sequence_of_operations_is_exact(kind, placement, policy):
-    machine = type("Machine", (Windowed,), {"kind": kind, "placement": placement, "policy": policy})
+    machine = type("Machine", (Windowed,), {"kind": kind, "placement": placement, "policy": policy, "weight": 0.5})
     run_state_machine_as_test(
         machine,
         settings=settings(

@@ -1,5 +1,6 @@
 """Layouts: spelling, and the losses of each against one plain forward over the same rows."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,13 @@ def expected(layout: Layout, source: str) -> list[float]:
                 visible[at : at + len(piece), sink:at] = False
                 at += len(piece)
             assert at == boundary + rows
+            if layout.weight < 1:  # a passage weighs `weight` times the one before it, for what stands behind them
+                added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+                at = boundary
+                for rank, piece in enumerate(pieces):
+                    added[boundary + rows :, at : at + len(piece)] += rank * math.log(layout.weight)
+                    at += len(piece)
+                visible = added
             out += plain_losses(ids, positions, visible, stride.targets)
         text += stride.targets
     return out
@@ -92,7 +100,8 @@ def expected(layout: Layout, source: str) -> list[float]:
     "spelled",
     [
         "none", "prepend", "prepend,passages=2,marks=true", "end", "end,refresh=0,passages=2", "end,marks=false",
-        "turn", "turn,passages=2", "beside", "beside,passages=2,refresh=3", "beside,marks=true", "beside,every=2",
+        "turn", "turn,passages=2", "beside", "beside,passages=2,refresh=3", "beside,passages=2,weight=1",
+        "beside,marks=true", "beside,every=2",
         "end,every=3", "prepend,every=2",
     ],
 )  # fmt: skip
@@ -159,6 +168,7 @@ def test_a_shape_that_cannot_be_is_refused(wrong):
     marks=st.booleans(),
     every=st.integers(1, 9),
     adapter=st.sampled_from(["", "mine"]),
+    weight=st.sampled_from([0.5, 1.0, 0.125]),
     window=st.sampled_from(["", "anchors:64", "separators:5", "cascade:512"]),
 )
 def test_a_layout_is_read_as_it_is_spelled(**values):
@@ -175,6 +185,8 @@ def test_a_layout_is_read_as_it_is_spelled(**values):
         ("end,passages=many", "passages is a number"),
         ("end,refresh=-1", "refresh is a number"),
         ("end,marks=yes", "marks is true or false"),
+        ("beside,weight=2", "weight is a number above 0 and at most 1"),
+        ("beside,weight=half", "weight is a number above 0"),
         ("end,source=best", "source is one of found, chance, oracle"),
         ("none,window=anchors", "window is POLICY:TOKENS, of separators, cascade, anchors"),
         ("none,window=sinks:8", "window is POLICY:TOKENS"),
