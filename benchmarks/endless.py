@@ -81,7 +81,8 @@ def tiny(name: str) -> Model:
         "llama", vocab_size=plain.model.config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8192,
     )  # fmt: skip
-    runner = ModelRunner(AutoModelForCausalLM.from_config(config).eval())
+    model = AutoModelForCausalLM.from_config(config).eval()
+    runner = ModelRunner(model.half().float())  # as the embedded model, whose weights are fp16 in fp32
     return Model("tiny", runner, plain.tokenizer, "random", plain.vocabulary)
 
 

@@ -169,7 +169,11 @@ class Context:
     def take_back(self, count: int) -> int:
         """Drop the last `count` text tokens, between turns; returns how many rows of the cache stay valid."""
         del self.text[len(self.text) - count :]
-        return self._restart(len(self.text))
+        if self.window is None or self.settled > len(self.text):
+            return self._restart(len(self.text))
+        self.window.restart()  # rows see nothing behind them, so those before stay as they are
+        self.window.extend(self.text)
+        return len(self.text) - self.dropped
 
     def _restart(self, valid: int) -> int:
         """After the text became another behind its first `valid` tokens; returns how many rows stay valid."""
@@ -272,7 +276,7 @@ class Context:
             if beside:
                 parts.append(Part(row, piece, self.sink, ((0, self.sink),), i))
             else:
-                parts.append(Part(row, piece, row))
+                parts.append(Part(row, piece, row + dropped))
             row += len(piece)
         shift = row - cut - dropped
         parts += self._text_parts(max(cut + dropped, min(start - shift, len(self.text))), len(self.text), shift)

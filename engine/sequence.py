@@ -137,7 +137,8 @@ class Sequence:
             last = slices[-1]
             last.logits = min(logits, len(last.ids))
             drafted = self.draft[: max(0, min(left, drafts))]  # parents stand before children: what is left is a tree
-            if drafted and last.mask is None:
+            ruled = self.context.window is not None and self.context.turn is None  # text that a window decides on
+            if drafted and last.mask is None and not ruled:
                 slices[-1] = self._with_draft(last, drafted)
             self.draft = ()
         self._known = known
@@ -256,10 +257,13 @@ class Sequence:
     def run(self, runner: ModelRunner, budget: int = 512, logits: int = 1) -> torch.Tensor | None:
         """Compute everything due, alone and at once (tests, examples, benchmarks); last rows' logits or None."""
         out: torch.Tensor | None = None
-        while slices := self.take(budget, logits):
+        while self.pending:
+            self.settle(worth=True)  # before and not after a forward: its draft's rows may still be kept
+            slices = self.take(budget, logits)
+            if not slices:
+                break
             out = runner.forward(slices)[-1]
             self.accept(slices)
-            self.settle(worth=True)
         return out
 
 

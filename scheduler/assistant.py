@@ -23,6 +23,7 @@ from longstride.scheduler.residency import Residency
 from longstride.scheduler.retriever import Passage, Retriever
 from longstride.scheduler.session import Session
 from longstride.scheduler.settings import SessionSettings, Settings, changed, load_settings
+from longstride.scheduler.windows import prepare
 from longstride.storage.blocks import Blocks
 from longstride.storage.database import Database
 from longstride.storage.documents import DEFAULT, Documents, check_collection
@@ -137,6 +138,7 @@ class Assistant:
         prompt = pack_ids(self.model.tokenizer.frame(settings.system).prompt)
         row = StoredSession(0, name, self.model.name, self.model.vocabulary, data, prompt, 0, 0, "", "")
         adapter = await asyncio.to_thread(self.adapters.of, settings)
+        await asyncio.to_thread(prepare, settings, self.model.tokenizer)
         session = Session(self.core, row, settings, adapter)  # checks the settings before anything is stored
         session.id = await self.database.awrite(
             lambda tables: self.sessions.create(tables, name, self.model.name, self.model.vocabulary, data, prompt)
@@ -151,6 +153,7 @@ class Assistant:
                 f"--model {stored.model}, or start a session of another name"
             )
         settings = changed(self.settings.for_sessions(), {**stored.settings, **changes})
+        await asyncio.to_thread(prepare, settings, self.model.tokenizer)
         session = Session(self.core, stored, settings, await asyncio.to_thread(self.adapters.of, settings))
         await session.restore(stored, array("I", unpack_ids(ids)), passages)
         if changes:

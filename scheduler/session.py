@@ -227,8 +227,8 @@ class Session:
 
     async def _read(self, chunk: list[int]) -> None:
         """Compute a chunk's rows (and whatever else was left pending)."""
-        self.stream.extend(chunk)
         self.sequence.context.append(chunk)
+        self.stream.extend(chunk)
         try:
             while self.sequence.pending:
                 await self.core.device.step(self.sequence, lambda _logits: None)
@@ -253,14 +253,14 @@ class Session:
         start, packed, window = self.tokens - len(chunk), array("I", chunk).tobytes(), self.window_start
         core = self.core
 
-        stale = self.snapshot.take_stale()
+        stale, keep = self.snapshot.take_stale(), set(self.snapshot.ids)
 
         def change(tables: Tables) -> int:
             core.sessions.append(tables, self.id, start, packed, passages, window)
             core.blocks.release(tables, stale, self.id)
             if also is not None:
                 also(tables)
-            return core.blocks.put(tables, blocks, self.id)
+            return core.blocks.put(tables, blocks, self.id, keep)
 
         stored = await core.sessions.database.awrite(change)
         await asyncio.to_thread(self.memory.learn, passages)

@@ -11,6 +11,7 @@ import torch
 from longstride.engine.identity import adapted, chain_id, pack_ids
 from longstride.engine.model import Model
 from longstride.engine.sequence import Sequence
+from longstride.engine.window import Marks
 from longstride.errors import StorageError
 from longstride.scheduler.device import Device
 from longstride.storage.blocks import Block, Blocks
@@ -67,6 +68,11 @@ class Snapshot:
         self._stale += [rows.id for rows in self._known]
         self._known = []
 
+    @property
+    def ids(self) -> list[bytes]:
+        """The blocks that would bring this sequence back."""
+        return [rows.id for rows in self._known]
+
     def take_stale(self) -> list[bytes]:
         """Blocks that this session will not need again, since the last call: of windows that slid, or larger than they
         need be."""
@@ -79,16 +85,24 @@ class Snapshot:
         alive = None if context.window is None else context.window.alive(whole * size)
         out: list[Rows] = []
         for index in range(whole):
-            span = range(index * size, (index + 1) * size)
-            tokens = span if alive is None else [i for i in span if alive[i]]
+            tokens = self._tokens(index, alive)
             if index < len(known) and len(tokens) == len(known[index].tokens):
                 out.append(known[index])
                 continue
+            span = range(index * size, (index + 1) * size)
             chain = known[index].chain if index < len(known) else self._id(out[-1].chain if out else b"", span)
-            id_ = chain if len(tokens) == size else self._id(chain, tokens)
-            ids, positions = self._contents(tokens)
-            out.append(Rows(id_, chain, tokens, pack_ids(ids), pack_ids(positions)))
+            out.append(self._rows(chain, tokens))
         return out
+
+    def _tokens(self, index: int, alive: Marks | None) -> Ids[int]:
+        """Those of block `index` that have rows."""
+        span = range(index * self.block_tokens, (index + 1) * self.block_tokens)
+        return span if alive is None else [i for i in span if alive[i]]
+
+    def _rows(self, chain: bytes, tokens: Ids[int]) -> Rows:
+        ids, positions = self._contents(tokens)
+        id_ = chain if len(tokens) == self.block_tokens else self._id(chain, tokens)
+        return Rows(id_, chain, tokens, pack_ids(ids), pack_ids(positions))
 
     def _id(self, parent: bytes, tokens: Ids[int]) -> bytes:
         return chain_id(self.fingerprint, parent, *self._contents(tokens))
@@ -103,7 +117,9 @@ class Snapshot:
         context, cache = self.sequence.context, self.sequence.cache
         whole = (min(cache.length, context.plain_rows) + context.dropped) // self.block_tokens
         before = self._known
-        if whole < len(before) or (whole == len(before) and context.window is None):
+        # what is in view where a block ends depends on nothing behind; and a turn may have dropped rows that were in
+        # view there already
+        if whole <= len(before) or whole * self.block_tokens < context.settled:
             return []
         self._known = self._describe(whole, before)
         held = [*context.kept, *range(context.settled, whole * self.block_tokens)]
@@ -151,6 +167,8 @@ class Snapshot:
             if context.window is None or found == len(plan):
                 break
             cache.clear()  # rows before a bad block may be too few for the tokens behind: plan again without it
+        found_ids = {rows.id for rows in plan[:found]}
+        self._stale += [rows.id for rows in self._known if rows.id not in found_ids]
         self._known = plan[:found]
         if context.window is not None:
             context.fold(found * size)
@@ -172,6 +190,10 @@ class Snapshot:
             return self._describe(whole)
         known = self._describe(whole)
         for count in range(whole, 0, -1):
+            alive = context.window.alive(count * self.block_tokens)
+            last = self._rows(known[count - 1].chain, self._tokens(count - 1, alive))
+            if last.tokens and not self.blocks.has([last.id]):
+                continue
             plan = self._describe(count, known)
             ids = [rows.id for rows in plan if rows.tokens]
             if len(self.blocks.has(ids)) == len(set(ids)):

@@ -56,6 +56,7 @@ class Turn:
         self._since_at = 0  # where the answer's text stood at the last retrieval
         self._last_query: list[int] = []
         self._view_from = 0  # where the answer's text stood when the passages in place came into view
+        self._computed = 0  # rows computed before this turn
         self._rewriting = False  # the next step computes a rewrite
         self._limit = settings.max_tokens
         self._fresh = ""  # text of the last step
@@ -71,7 +72,11 @@ class Turn:
         """
         context = self.sequence.context
         self._limit = await self._room()
+        self._computed = self.sequence.computed
         if context.window is not None:
+            # while rows out of view are about, a decoded token's work grows with the context
+            while self.sequence.pending:
+                await self.core.device.step(self.sequence, lambda _logits: None)
             await self.core.device.call(self.sequence.settle)
         context.begin_turn()
         added: list[int] = []
@@ -96,10 +101,10 @@ class Turn:
         usage, timing = answer.usage, answer.timing
         if not isinstance(self.policy, Never):
             await self._retrieve()
-        computed = self.sequence.computed
         await self._step()
-        usage.encoded = self.sequence.computed - computed
-        usage.cached = context.rows - len(self.decoding.tokens) - usage.encoded
+        usage.encoded = self.sequence.computed - self._computed
+        # rows that were due may have left the view since
+        usage.cached = max(0, context.rows - len(self.decoding.tokens) - usage.encoded)
         timing.first_token = time.perf_counter() - started
         timing.encode = timing.first_token - timing.retrieve
         retrieved, first = timing.retrieve, len(self.decoding.tokens)

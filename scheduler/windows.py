@@ -19,6 +19,12 @@ def make_window(policy: str, size: int, tokenizer: Tokenizer, sink: int) -> Wind
     raise ValueError(policy)
 
 
+def prepare(settings: SessionSettings, tokenizer: Tokenizer) -> None:
+    """Look through the vocabulary once, if that is needed. Blocks."""
+    if settings.window in {"separators", "anchors"}:
+        punctuation(tokenizer)
+
+
 def new_window(settings: SessionSettings, tokenizer: Tokenizer, sink: int) -> Window | None:
     """What a session's settings ask for; None where every row stays (`refuse`, `sinks`)."""
     if settings.window not in POLICIES:

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from sqlite_utils import Database as Tables
@@ -34,10 +34,17 @@ class Blocks:
         self.limit_bytes = limit_bytes
         self.free_disk_bytes = free_disk_bytes
 
-    def put(self, tables: Tables, blocks: Iterable[Block], session_id: int | None = None) -> int:
+    def put(
+        self,
+        tables: Tables,
+        blocks: Iterable[Block],
+        session_id: int | None = None,
+        keep: Collection[bytes] | None = None,
+    ) -> int:
         """Store blocks that are not there yet, inside the caller's transaction; returns how many were stored.
 
-        `session_id`: whose text they hold; they go when the last session that holds them is removed.
+        `session_id`: whose text they hold; they go when the last session that holds them is removed. `keep`: which must
+        not make room for them; without it none of that session's.
 
         The budget is checked before each write; least recently used blocks go first. A block that fits neither the
         budget nor the disk is left out.
@@ -56,7 +63,7 @@ class Blocks:
                 continue
             if shutil.disk_usage(self.database.path.parent).free < self.free_disk_bytes + 2 * size:
                 break
-            used -= self._evict(tables, used + size - self.limit_bytes, session_id)
+            used -= self._evict(tables, used + size - self.limit_bytes, session_id, keep)
             if used + size > self.limit_bytes:
                 break  # what is left is this session's own beginning, worth more than its end
             row = [
@@ -74,19 +81,23 @@ class Blocks:
         return int(tables.conn.execute("select coalesce(sum(bytes), 0) from blocks").fetchone()[0])
 
     @staticmethod
-    def _evict(tables: Tables, excess: int, session_id: int | None) -> int:
-        """Delete least recently used blocks, none of `session_id`'s own; returns the bytes freed."""
+    def _evict(tables: Tables, excess: int, session_id: int | None, keep: Collection[bytes] | None) -> int:
+        """Delete least recently used blocks, none of `keep` (or of `session_id`'s own); returns the bytes freed."""
+        if excess <= 0:
+            return 0
         freed = 0
         oldest = (
-            "select id, bytes from blocks where id not in (select block_id from session_blocks where session_id is ?) "
-            "order by used_at, rowid limit 1"
+            "select id, bytes from blocks where ? or id not in "
+            "(select block_id from session_blocks where session_id is ?) order by used_at, rowid"
         )
-        while freed < excess:
-            row = tables.conn.execute(oldest, [session_id]).fetchone()
-            if row is None:
+        going = []
+        for id_, size in tables.conn.execute(oldest, [keep is not None, session_id]):
+            if freed >= excess:
                 break
-            tables.conn.execute("delete from blocks where id = ?", [row[0]])
-            freed += row[1]
+            if keep is None or id_ not in keep:
+                going.append([id_])
+                freed += size
+        tables.conn.executemany("delete from blocks where id = ?", going)
         return freed
 
     def get(self, id_: bytes, fingerprint: str, ids: bytes, positions: bytes, size: int) -> tuple[bytes | None, str]:

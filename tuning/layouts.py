@@ -61,7 +61,7 @@ class Layout:
         if layout.source not in get_args(Source):
             raise BadInput(f"layout {spelled!r}: source is one of {', '.join(get_args(Source))}")
         policy, _, size = layout.window.partition(":")
-        known = policy in POLICIES and size.isdecimal() and int(size) > 1
+        known = policy in POLICIES and size.isdecimal() and 1 < int(size) <= 1 << 30
         if layout.window and not (known and layout.place == "none"):
             raise BadInput(
                 f"layout {spelled!r}: window is POLICY:TOKENS, of {', '.join(POLICIES)}, and goes with none only"
@@ -217,7 +217,7 @@ class Scorer:
 
     def _marks(self, layout: Layout, adapter: Adapter | None) -> tuple[Ids[int], Ids[int]]:
         """As `scheduler.marks.Marks` has them: an adapter's own, else words where the layout has any."""
-        if adapter is not None and (adapter.placement or any(adapter.marks)):
+        if adapter is not None and (adapter.placement in set(Placement) or any(adapter.marks)):
             return adapter.marks
         return self.marks if layout.marks else ((), ())
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from longstride.engine.window import Window
 from longstride.errors import StorageError
 from tests.scheduler.test_session import TEXT, opened
 
@@ -36,7 +37,9 @@ async def test_the_window_slides_where_it_is_full_however_the_text_comes(tmp_pat
         assert await window_and_answer(assistant) == expected
 
 
-async def test_a_restart_in_the_middle_changes_nothing(tmp_path, policy):
+@pytest.mark.parametrize("placement", ["beside", "end", "turn"])
+async def test_a_restart_in_the_middle_changes_nothing(tmp_path, policy, placement):
+    policy = {**policy, "placement": placement}
     expected = await unbroken(tmp_path, policy)
     for at in range(0, len(TEXT), 300):
         async with opened(tmp_path, **policy) as assistant:
@@ -168,3 +171,70 @@ async def test_damaged_notes_are_refused(tmp_path):
     async with opened(tmp_path) as assistant:
         with pytest.raises(StorageError, match="notes that stand for its beginning"):
             await assistant.session("s")
+
+
+async def test_turns_that_dropped_rows_before_a_block_was_whole_lose_nothing(tmp_path, policy):
+    async with opened(tmp_path, **policy) as assistant:
+        session = await assistant.session("s")
+        for at in range(0, 360, 60):
+            await session.feed(TEXT[at : at + 60])
+            await session.answer("What of thing2?", remember=True)
+            await session.answer("And thing1?")
+            await session.feed("A b. ")
+        unbroken = (await session.answer("And thing3?")).text
+    async with opened(tmp_path, **policy) as assistant:
+        session = await assistant.session("s")
+        assert session.resumed.restored > session.resumed.tokens - 32
+        assert (await session.answer("And thing3?")).text == unbroken
+        await assistant.database.awrite(lambda tables: tables.conn.execute("delete from blocks"))
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s", window="sinks")
+        await session.answer("What?")
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s", **policy)
+        assert (await session.answer("And thing3?")).text == unbroken
+        await session.feed("x")
+
+
+async def test_a_decoded_token_costs_no_work_that_grows_with_the_context(tmp_path, monkeypatch):
+    looked = []
+    sight = Window.sight
+    monkeypatch.setattr(Window, "sight", lambda self, *given: looked.append(given) or sight(self, *given))
+    async with opened(tmp_path, window="anchors", span_tokens=12, context_tokens=1024) as assistant:
+        session = await assistant.session("s")
+        await session.feed(TEXT[:400])
+        await session.answer("What of thing2?", remember=True)
+        looked.clear()
+        await session.answer("And thing1?")
+        assert len(looked) <= 2  # the turn before, as part of the stream
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s")
+        looked.clear()
+        await session.answer("And thing1?")
+        assert len(looked) <= 2  # the open block
+
+
+async def test_blocks_of_another_policy_make_room(tmp_path, policy):
+    async with opened(tmp_path, context_tokens=1024) as assistant:
+        await (await assistant.session("s")).feed(TEXT[:640])
+        limit = assistant.blocks.usage()[1]
+    for _ in range(2):
+        async with opened(tmp_path, blocks_limit_bytes=limit) as assistant:
+            session = await assistant.session("s", **policy)
+            await session.feed("And so on, and on. ")
+    assert session.resumed.restored > session.resumed.tokens - 48
+
+
+async def test_a_chunk_that_failed_is_taken_back_alone(tmp_path, policy, monkeypatch):
+    async with opened(tmp_path, context_tokens=1024, **policy) as assistant:
+        session = await assistant.session("s")
+        await session.feed(TEXT[:640])
+
+        async def fail(*_):
+            raise RuntimeError("the forward failed")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(assistant.device, "step", fail)
+            with pytest.raises(RuntimeError):
+                await session.feed(TEXT[640:700])
+        assert (await session.feed("y")).encoded == 1
