@@ -47,13 +47,16 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.worker --json docs/benchmarks/worker.json --plot docs/benchmarks/worker.png
 	$(BIN)/python -m benchmarks.snapshots --json docs/benchmarks/snapshots.json
 	$(BIN)/python -m benchmarks.retrieval --json docs/benchmarks/retrieval.json
+	$(BIN)/python -m benchmarks.anchors --json docs/benchmarks/anchors.json --plot docs/benchmarks/anchors.png
+	for w in anchors sinks; do $(BIN)/python -m benchmarks.endless --tiny --window $$w --tokens 1000000 \
+	    --json docs/benchmarks/endless-$$w.json --plot docs/benchmarks/endless-$$w.png || exit 1; done
 
 # The evaluation texts; DATA names their folder. What is finished is kept in WORK, so a run that was stopped goes on.
 DATA ?= ../shared/data
 WORK ?= build/evaluation
 EVALUATION := docs/evaluation
 evaluate: $(VENV)/installed-test
-	$(BIN)/longstride eval perplexity --set latex_book=$(DATA)/lm/latex_book.jsonl --set freelaw=$(DATA)/lm/freelaw.jsonl \
+	$(BIN)/longstride eval perplexity --frame --set latex_book=$(DATA)/lm/latex_book.jsonl --set freelaw=$(DATA)/lm/freelaw.jsonl \
 	    --set arxiv=$(DATA)/lm/arxiv.jsonl --set logs=$(DATA)/streams/log_apache.txt,$(DATA)/streams/log_hdfs.txt,$(DATA)/streams/log_hpc.txt,$(DATA)/streams/log_openssh.txt,$(DATA)/streams/log_spark.txt,$(DATA)/streams/log_zookeeper.txt \
 	    --corpus $(DATA)/corpus/latex_book.jsonl.gz --corpus $(DATA)/corpus/freelaw.jsonl.gz --corpus $(DATA)/corpus/arxiv.jsonl.gz \
 	    --window 368 --window 2400 --targets 1000 --work $(WORK)/perplexity \
