@@ -148,7 +148,8 @@ class Sequence:
         """`piece` with what the context takes off the segment's pieces, if it stands behind them."""
         context = self.context
         first, discounts = context.plain_rows, context.discounts
-        if not discounts or piece.row < first + len(discounts):
+        known = piece.mask is not None and piece.mask.is_floating_point()
+        if known or not discounts or piece.row < first + len(discounts):
             return piece
         n = len(piece.ids)
         among = torch.ones(n, n, dtype=torch.bool).tril() if piece.mask is None else piece.mask
@@ -187,6 +188,12 @@ class Sequence:
         used: Marks = np.logical_or.reduce(seen)
         ranges = _ranges(used[: part.row])
         seen = seen[:, used]
+        discounts = context.discounts
+        if discounts and part.row >= plain + len(discounts):
+            added = np.zeros(len(used), np.float32)
+            added[plain : plain + len(discounts)] = discounts
+            weights = np.where(seen, added[used], np.float32(-np.inf))
+            return None if ranges == ((0, part.row),) else ranges, torch.from_numpy(weights)
         # from the first row on that some see and some do not
         partly = min([*np.flatnonzero(~seen.all(0))[:1].tolist(), seen.shape[1] - n])
         seen = seen[:, partly:]
