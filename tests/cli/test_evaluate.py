@@ -146,7 +146,11 @@ def test_a_stop_leaves_whole_parts(folder, tiny, monkeypatch, tmp_path):
         return await ask(self, *arguments)
 
     monkeypatch.setattr(Evaluation, "_ask", stopped)
-    done = run(folder, "--work", str(folder / "work"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        done = run(folder, "--work", str(folder / "work"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.exit_code != 0
     assert list(scratch.iterdir()) == []
     assert len(list((folder / "work").iterdir())) == 1  # of three questions; the second part was stopped
