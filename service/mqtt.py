@@ -2,7 +2,8 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -69,6 +70,17 @@ class Message:
     qos: int
 
 
+@contextmanager
+def _cancellable() -> Iterator[None]:
+    """Waits of aiomqtt, whose `asyncio.wait_for` loses (before Python 3.12) a cancellation that comes as they end."""
+    try:
+        yield
+    finally:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError
+
+
 class Link:
     """An async context manager: connected and subscribed within. Raises `LinkLost` wherever the connection breaks.
 
@@ -107,7 +119,8 @@ class Link:
         except aiomqtt.MqttError as error:
             raise LinkLost(str(error)) from error
         try:
-            await self._subscribe()
+            with _cancellable():
+                await self._subscribe()
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
@@ -127,7 +140,8 @@ class Link:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            await self._client.__aexit__(kind, error, trace)
+            with _cancellable():
+                await self._client.__aexit__(kind, error, trace)
         except aiomqtt.MqttError as gone:
             if kind is None:  # else the reason to leave is what matters: a cancellation, above all
                 raise LinkLost(str(gone)) from gone

@@ -141,3 +141,18 @@ async def test_told_to_stop_it_stops_also_where_the_broker_hangs(tmp_path, broke
             assert not worker.connected.is_set()
         finally:
             os.kill(broker._process.pid, signal.SIGCONT)
+
+
+async def test_told_to_stop_it_stops_also_where_the_broker_hangs_over_a_reply(tmp_path, broker):
+    async with peer(broker, ROOT) as client, working(tmp_path, broker, ROOT) as worker:
+        await client.send(f"{ROOT}/sessions/s/feed", "text")
+        await asked(client)
+        await until(lambda: worker.jobs.depth()[0])
+        os.kill(broker._process.pid, signal.SIGSTOP)
+        try:
+            await until(lambda: worker.jobs.outbox_counts()[0])
+            worker.stop()
+            # the link gives the reply up while the worker says goodbye: the stop must not get lost between the two
+            await until(lambda: worker._link is None, 40)
+        finally:
+            os.kill(broker._process.pid, signal.SIGCONT)
