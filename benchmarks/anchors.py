@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -42,7 +43,7 @@ def windows(model: Model) -> dict[tuple[str, int], Callable[[], Window | None]]:
     found: dict[tuple[str, int], Callable[[], Window | None]] = {("full", 0): lambda: None}
     for name, sizes in SIZES.items():
         for size in sizes:
-            found[name, size] = lambda make=makers[name], size=size: make(size)  # type: ignore[misc]
+            found[name, size] = partial(makers[name], size)
     return found
 
 

@@ -59,7 +59,10 @@ def qa(
     passages: Annotated[int, typer.Option("--passages", min=1, max=64, help="Passages in a segment.")] = 3,
     passage_tokens: Annotated[int, typer.Option("--passage-tokens", min=1, help="Tokens of a passage.")] = 128,
     query_tokens: Annotated[int, typer.Option("--query-tokens", min=1, help="Tokens of a query.")] = 32,
-    refresh: Annotated[int, typer.Option("--refresh", min=1, help="Text tokens fed again after a segment.")] = 16,
+    refresh: Annotated[
+        int | None,
+        typer.Option("--refresh", min=1, help="Text tokens fed again after a segment.", show_default="the placement's"),
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer.")] = 32,
     system: Annotated[
         str | None, typer.Option("--system", help="The system message.", show_default="asks for few words")

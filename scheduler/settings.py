@@ -73,7 +73,9 @@ class SessionSettings(BaseModel):
         0.5, gt=0, le=1, description="weight of each further passage against the one before it (beside); 1 is equal"
     )
     collections: Collections = Field([DEFAULT], description="collections of documents that retrieval draws on")
-    refresh: int = Field(16, ge=0, description="text tokens fed again after a segment (beside, end)")
+    refresh: int | None = Field(
+        None, ge=0, description="text tokens fed again after a segment; 16 beside and 64 at the end when not set"
+    )
     window: Literal["refuse", "sinks", "separators", "cascade", "anchors", "rollup"] = Field(
         "refuse", description="what stays of the text in the cache, and what happens when the context is full"
     )

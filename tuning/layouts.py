@@ -45,13 +45,19 @@ class Layout:
     weight: float = 0.5
 
     @classmethod
+    def plain(cls, place: Place) -> "Layout":
+        """A place without options: what sessions do there by default, with one passage."""
+        placed = next((placement for placement in Placement if placement == place), Placement.BESIDE)
+        return cls(place, refresh=placed.refresh, marks=place in {"end", "turn"})
+
+    @classmethod
     def parse(cls, spelled: str) -> "Layout":
         """From `beside,passages=3,refresh=16`. Raises `BadInput` naming what is wrong."""
         first, *options = (part.strip() for part in spelled.split(","))
         place: Place | None = next((place for place in get_args(Place) if place == first), None)
         if place is None:
             raise BadInput(f"layout {spelled!r}: {first!r} is none of {', '.join(get_args(Place))}")
-        layout = cls(place, marks=place in {"end", "turn"})
+        layout = cls.plain(place)
         kinds = {field.name: type(field.default) for field in fields(cls) if field.name != "place"}
         for option in options:
             name, _, value = option.partition("=")
@@ -74,7 +80,7 @@ class Layout:
         return make_window(policy, int(size), tokenizer, sink) if policy else None
 
     def __str__(self) -> str:
-        plain = Layout(self.place, marks=self.place in {"end", "turn"})
+        plain = Layout.plain(self.place)
         options = [
             f"{field.name}={str(value).lower() if isinstance(value, bool) else value}"
             for field in fields(self)

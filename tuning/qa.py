@@ -210,12 +210,13 @@ class Evaluation:
     def _identity(self, name: str, case: Case, system: System) -> dict[str, Any]:
         """All that decides a part's answers and counters."""
         adapter = self.adapters[system.name]
+        refresh = system.placement.refresh if self.setup.refresh is None else self.setup.refresh
         return {
             "format": FORMAT,
             "model": self.assistant.model.fingerprint,
             "vocabulary": self.assistant.model.vocabulary,
             "adapter": adapter.fingerprint if adapter is not None else "",
-            "setup": {**asdict(self.setup), "adapter": ""},  # not the name of its folder
+            "setup": {**asdict(self.setup), "refresh": refresh, "adapter": ""},  # not the name of its folder
             "system": asdict(system),
             "set": name,
             "case": case.sha256,

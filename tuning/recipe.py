@@ -24,7 +24,7 @@ class Recipe:
     has no base beside it, and does without).
     """
 
-    layout: Layout = field(default_factory=lambda: Layout("end", passages=3, marks=True))
+    layout: Layout = field(default_factory=lambda: Layout.parse("end,passages=3"))
     shape: Shape = field(default_factory=lambda: Shape(passages=3))
     acts: Literal["segment", "everywhere"] = "segment"
     steps: int = 1000

@@ -84,7 +84,7 @@ class Setup:
     passages: int = 3
     passage_tokens: int = 128
     query_tokens: int = 32
-    refresh: int = 16
+    refresh: int | None = None
     max_tokens: int = 32
     system: str = SYSTEM
     adapter: str = "auto"

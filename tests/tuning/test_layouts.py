@@ -99,10 +99,10 @@ def expected(layout: Layout, source: str) -> list[float]:
 @pytest.mark.parametrize(
     "spelled",
     [
-        "none", "prepend", "prepend,passages=2,marks=true", "end", "end,refresh=0,passages=2", "end,marks=false",
-        "turn", "turn,passages=2", "beside", "beside,passages=2,refresh=3", "beside,passages=2,weight=1",
-        "beside,marks=true", "beside,every=2",
-        "end,every=3", "prepend,every=2",
+        "none", "prepend", "prepend,passages=2,marks=true", "end,refresh=16", "end,refresh=0,passages=2",
+        "end,refresh=5,marks=false", "turn", "turn,passages=2", "beside", "beside,passages=2,refresh=3",
+        "beside,passages=2,weight=1", "beside,marks=true", "beside,every=2",
+        "end,refresh=16,every=3", "prepend,every=2",
     ],
 )  # fmt: skip
 def test_losses_are_those_of_one_plain_forward(spelled, source):

@@ -53,7 +53,7 @@ SPELLED = [
     *WINDOWS,
     "none",
     "prepend",
-    "end",
+    "end,refresh=16",
     "end,refresh=0,passages=2",
     "turn",
     "beside",
@@ -63,7 +63,7 @@ SPELLED = [
 
 @pytest.mark.parametrize(
     ("kind", "spelled"),
-    [*(("llama", one) for one in SPELLED), *((kind, "end") for kind in KINDS[1:]), ("gpt2", "beside")],
+    [*(("llama", one) for one in SPELLED), *((kind, "end,refresh=16") for kind in KINDS[1:]), ("gpt2", "beside")],
 )
 def test_a_tree_gives_the_losses_that_the_engine_gives_stride_by_stride(kind, spelled):
     layout = Layout.parse(spelled)
@@ -76,13 +76,13 @@ def test_a_tree_gives_the_losses_that_the_engine_gives_stride_by_stride(kind, sp
 def test_a_stride_without_passages_has_no_branch():
     of = window()
     bare = replace(of, strides=(of.strides[0], Stride(of.strides[1].targets, (), (), ()), of.strides[2]))
-    grown = tree(bare, sample(Layout.parse("end"), bare), SHAPE)
+    grown = tree(bare, sample(Layout.parse("end,refresh=16"), bare), SHAPE)
     assert [branch.targets for branch in grown.branches] == [of.strides[0].targets, of.strides[2].targets]
     assert grown.ids == [*PROMPT, *of.text, *(t for s in of.strides for t in s.targets)][:-1]
 
 
 def test_the_text_of_a_tree_predicts_the_targets_without_retrieval():
-    of, layout = window(), Layout.parse("end")
+    of, layout = window(), Layout.parse("end,refresh=16")
     recipe = Recipe(layout=layout, shape=SHAPE, dropout=0.0)
     with torch.no_grad():
         _, base = Losses(*attach(plain(), recipe, ((), ()), ([1], [2])), recipe)(tree(of, sample(layout, of), SHAPE))
@@ -126,7 +126,7 @@ def test_what_was_trained_is_what_the_engine_loads(kind, acts, extra, tmp_path):
     with torch.no_grad():
         for parameter in trained.parameters.values():
             parameter.copy_(parameter.half().float())  # as it is saved
-    layout = Layout.parse("end")
+    layout = Layout.parse("end,refresh=16")
     ours = Scorer(model, PROMPT).score(window(), layout, SHAPE, adapter).losses
     assert ours == pytest.approx(losses(trained.losses, layout, window(), OWN), abs=5e-4)
     assert ours != pytest.approx(Scorer(model, PROMPT, OWN).score(window(), layout, SHAPE).losses, abs=2e-2)
@@ -287,7 +287,7 @@ def test_passages_as_long_as_the_window_are_refused():
 
 
 def test_texts_in_which_nothing_is_found_are_refused(tmp_path):
-    recipe = Recipe(layout=Layout.parse("end"), shape=SMALL, chance=0.0)
+    recipe = Recipe(layout=Layout.parse("end,refresh=16"), shape=SMALL, chance=0.0)
     lone = replace(text(0), body="a b c d. " * 150)  # single letters are no words
     places = Places([lone], Corpus([], ByteTokenizer(), SMALL.passage), SMALL)
     with pytest.raises(BadInput, match="found no passage"):
