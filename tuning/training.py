@@ -257,6 +257,9 @@ class Run:
         self.model.save_pretrained(scratch, save_embedding_layers=False)
         tensors = {name: tensor.half() for name, tensor in load_file(scratch / WEIGHTS).items()}
         save_file(tensors, scratch / WEIGHTS)
+        config = json.loads((scratch / "adapter_config.json").read_text(encoding="utf-8"))
+        # peft writes the folder that the base was loaded from, which means nothing elsewhere and may name a person
+        write_json(scratch / "adapter_config.json", {**config, "base_model_name_or_path": self.manifest.get("model")})
         own = {
             "format": 1,
             "acts": self.recipe.acts,

@@ -101,7 +101,7 @@ def run(
     recipe = Recipe(layout=Layout.parse(spelled), shape=SMALL, **{"steps": 4, "rank": 4, "rate": 1e-2, **changes})
     texts = [text(i) for i in range(3)]
     places = Places(texts, Corpus(texts, ByteTokenizer(), SMALL.passage), SMALL)
-    manifest = {"base": "tiny", "data": [t.sha256 for t in texts], "vocabulary": "bytes"}
+    manifest = {"base": "tiny", "model": "a tiny one", "data": [t.sha256 for t in texts], "vocabulary": "bytes"}
     return Run(plain(kind, **(model or {})), recipe, Steps(recipe, places, marks, prompt), marks, out, manifest)
 
 
@@ -256,6 +256,8 @@ def test_the_manifest_says_what_it_came_from(tmp_path):
     assert own["recipe"]["shape"]["window"] == SMALL.window
     assert own["data"] == [text(i).sha256 for i in range(3)]
     assert own["targets"] == sum(line["targets"] for line in one.log) == 4 * 2 * SMALL.stride
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == own["model"] == "a tiny one"  # and no folder of this machine
 
 
 def test_the_two_rows_alone_are_saved_of_the_embedding(tmp_path):
