@@ -116,7 +116,8 @@ async def _qa(
 
     with tempfile.TemporaryDirectory(prefix="longstride-eval-") as folder:
         # rows of a text are not worth storing: it is read once and forgotten
-        async with c.Opened(db=Path(folder) / "eval.db", blocks_limit_bytes=0, **options) as assistant:
+        sizes = {"passage_tokens": setup.passage_tokens, "blocks_limit_bytes": 0}
+        async with c.Opened(db=Path(folder) / "eval.db", **sizes, **options) as assistant:
             origin = provenance(assistant.model)
             evaluation = Evaluation(assistant, setup, systems, work)
             with _bar() as bar:

@@ -109,12 +109,12 @@ def run(
     for shape in shapes:
         for name, of in found.items():
             cells += measure(name, of, library, shape, asked, scorer, loaded, (opened, targets, seed, work))
-    report(
-        cells,
-        opened,
-        {"seed": seed, "frame": frame, "bos": bos, "query": query_tokens, "stride": stride, "passage": passage_tokens},
-        (json, markdown, plot),
-    )
+    settings = {
+        "corpus": " ".join(path.name for path in corpus or ()) or "none", "targets": targets, "seed": seed,
+        "frame": frame, "bos": bos, "query": query_tokens, "strides": strides, "stride": stride,
+        "passage": passage_tokens, **{f"adapter {name}": one.fingerprint[:16] for name, one in loaded.items()},
+    }  # fmt: skip
+    report(cells, opened, settings, (json, markdown, plot))
 
 
 def measure(

@@ -141,7 +141,7 @@ def train(
     from longstride.engine.model import load_plain
     from longstride.scheduler.settings import SYSTEM
     from longstride.tuning.recipe import Steps
-    from longstride.tuning.report import need_matplotlib, write_json
+    from longstride.tuning.report import need_matplotlib
     from longstride.tuning.strides import Corpus, Places
     from longstride.tuning.texts import texts
     from longstride.tuning.training import Run
@@ -184,7 +184,6 @@ def train(
         f"{sum(line['loss'] for line in last) / len(last):.3f}",
         markup=False,
     )
-    write_json(out / "losses.json", run.log)
 
 
 def chosen_marks(plain: "PlainModel", spelled: str | None) -> "Marks":

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from longstride.engine.context import Placement
 from longstride.errors import ModelError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Adapter:
     left and right of passages, possibly none. `everywhere`: acts on all rows of a sequence, else on those from the
     boundary on. `tokens`: where in `embedded` [n, hidden] the input embedding of a token of its own stands. `factors`:
     by the name of a model's product, its scale included. `placement`: the one it was trained for, where it says so; its
-    marks, or that it has none, belong to that. `window`: the policy it was trained for, where it must be that.
+    marks, or that it has none, belong to that. `refresh`: what it was trained with there. `window`: the policy it was
+    trained for, where it must be that.
     """
 
     name: str
@@ -63,6 +65,12 @@ class Adapter:
     factors: Mapping[str, Factors]
     placement: str = ""
     window: str = ""
+    refresh: int | None = None
+
+    @property
+    def brings_marks(self) -> bool:
+        """Its marks, or that it has none, stand in place of the plain ones."""
+        return self.placement in set(Placement) or any(self.marks)
 
     def embed(self, ids: Sequence[int], rows: torch.Tensor) -> None:
         """Put the embeddings of its own tokens among `ids` into `rows` [len(ids), hidden]."""
@@ -140,7 +148,8 @@ def _load(folder: Path, model: "Model") -> Adapter:
     embedded = embedded.to(runner.device, runner.dtype)
     placement, window = (value if isinstance(value := own.get(key), str) else "" for key in ("placement", "window"))
     return Adapter(
-        folder.resolve().name, fingerprint, marks, everywhere, tokens, embedded, factors, placement, window
+        folder.resolve().name, fingerprint, marks, everywhere, tokens, embedded, factors, placement, window,
+        refresh if isinstance(refresh := own.get("refresh"), int) and refresh >= 0 else None,
     )  # fmt: skip
 
 

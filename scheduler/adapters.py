@@ -32,6 +32,14 @@ class Adapters:
         return held[1]
 
 
+def refresh_of(asked: int | None, placement: Placement, adapter: Adapter | None) -> int:
+    """Text tokens that stand behind a segment: as asked for, else as the adapter was trained, else the placement's."""
+    if asked is not None:
+        return asked
+    trained = adapter.refresh if adapter is not None and adapter.placement == placement else None
+    return placement.refresh if trained is None else trained
+
+
 def check_adapter(adapter: Adapter | None, settings: SessionSettings, session: str) -> None:
     """Raises `BadInput` where an adapter was trained for another placement or window than the session's."""
     if adapter is None:

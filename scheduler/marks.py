@@ -23,7 +23,7 @@ class Marks:
     @classmethod
     def of(cls, tokenizer: Tokenizer, placement: Placement, adapter: Adapter | None) -> "Marks":
         """Those of a session."""
-        if adapter is not None and (adapter.placement in set(Placement) or any(adapter.marks)):
+        if adapter is not None and adapter.brings_marks:
             left, right = adapter.marks
             return cls(left, right, banned=frozenset((*left, *right)))
         if placement is Placement.BESIDE:

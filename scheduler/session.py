@@ -17,7 +17,7 @@ from longstride.engine.draft import MOST_NODES
 from longstride.engine.sequence import Sequence
 from longstride.errors import BadInput, ContextFull, StorageError
 from longstride.scheduler import notes
-from longstride.scheduler.adapters import check_adapter
+from longstride.scheduler.adapters import check_adapter, refresh_of
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
 from longstride.scheduler.core import Also, Change, Core
 from longstride.scheduler.marks import Marks
@@ -92,7 +92,7 @@ class Session:
             placement=settings.placement,
             limit=limit,
             reserved=reserved,
-            refresh=settings.refresh,
+            refresh=refresh_of(settings.refresh, settings.placement, adapter),
             weight=settings.passage_weight,
             window=new_window(settings, tokenizer, max(len(self.frame.prompt), MIN_SINK)),
         )

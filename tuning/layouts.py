@@ -20,7 +20,7 @@ from longstride.engine.tokenizer import Tokenizer
 from longstride.engine.window import Window as KeptRows
 from longstride.errors import BadInput
 from longstride.scheduler.windows import POLICIES, make_window
-from longstride.tuning.strides import Shape, Window
+from longstride.tuning.strides import Shape, Stride, Window
 
 Place = Literal["none", "prepend", "end", "turn", "beside"]
 Source = Literal["found", "chance", "oracle"]
@@ -73,6 +73,10 @@ class Layout:
                 f"layout {spelled!r}: window is POLICY:TOKENS, of {', '.join(POLICIES)}, and goes with none only"
             )
         return layout
+
+    def chosen(self, stride: Stride) -> list[list[int]]:
+        """The passages that stand beside the text in a stride, best first."""
+        return [] if self.place == "none" else list(getattr(stride, self.source)[: self.passages])
 
     def new_window(self, tokenizer: Tokenizer, sink: int) -> KeptRows | None:
         """What keeps some of the text's rows; None where all stay."""
@@ -182,7 +186,7 @@ class Scorer:
         pieces: list[list[int]] = []
         for number, stride in enumerate(window.strides):
             if number % layout.every == 0:
-                pieces = segment(getattr(stride, layout.source)[: layout.passages], self._marks(layout, adapter))
+                pieces = segment(layout.chosen(stride), self._marks(layout, adapter))
             front = [i for piece in pieces for i in piece]
             part = self._plain([*self.prompt, *front, *text], stride.targets, adapter)
             out.losses += part.losses
@@ -209,9 +213,11 @@ class Scorer:
         context.append(window.text)
         sequence = Sequence(self.runner, context, max_rows=length + total, adapter=adapter)
         losses: list[float] = []
+        shown: list[list[int]] = []
         for number, stride in enumerate(window.strides):
-            if number % layout.every == 0:
-                found = getattr(stride, layout.source)[: layout.passages]
+            # the passages that are in place already stay there, as in a session
+            if number % layout.every == 0 and (found := layout.chosen(stride)) != shown:
+                shown = found
                 if placement is Placement.TURN:
                     context.turn = len(context.text) - shape.query  # running text has no turns: its last tokens are one
                 # beside the text each passage stands for itself, else they are one run, the best next to the text
@@ -223,7 +229,7 @@ class Scorer:
 
     def _marks(self, layout: Layout, adapter: Adapter | None) -> tuple[Ids[int], Ids[int]]:
         """As `scheduler.marks.Marks` has them: an adapter's own, else words where the layout has any."""
-        if adapter is not None and (adapter.placement in set(Placement) or any(adapter.marks)):
+        if adapter is not None and adapter.brings_marks:
             return adapter.marks
         return self.marks if layout.marks else ((), ())
 

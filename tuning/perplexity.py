@@ -14,7 +14,7 @@ from longstride.tuning.report import markdown, pyplot, save
 from longstride.tuning.statistics import Interval
 from longstride.tuning.strides import Shape, Window
 
-FORMAT = 2  # of what is kept; another number wherever the same layout would now give other losses
+FORMAT = 3  # of what is kept; another number wherever the same layout would now give other losses
 BASE = Layout("none")
 # What the issue of placements turns on: where, how many, how much is read again, and whether a useless passage harms.
 LAYOUTS = tuple(
@@ -47,10 +47,7 @@ class Cell:
     measured: list[Measured] = field(default_factory=list)
 
     def _by_document(self, values: Iterable[float]) -> list[float]:
-        sums: dict[str, float] = {}
-        for name, value in zip(self.documents, values, strict=True):
-            sums[name] = sums.get(name, 0.0) + value
-        return list(sums.values())
+        return statistics.by_document(self.documents, values)
 
     @property
     def targets(self) -> int:
@@ -66,8 +63,10 @@ class Cell:
             )
         )
 
-    def word_perplexity(self) -> Interval:
-        """Per word (words that begin in the targets)."""
+    def word_perplexity(self) -> Interval | None:
+        """Per word (words that begin in the targets); None for texts that have no words between blanks."""
+        if not any(self.words):
+            return None
         return statistics.perplexity(
             statistics.mean(
                 self._by_document(sum(m.losses) for m in self.measured), self._by_document(map(float, self.words))
@@ -122,11 +121,11 @@ class Grid:
             "model": self.model.fingerprint,
             "adapter": None if adapter is None else adapter.fingerprint,
             "layout": {**asdict(layout), "adapter": ""},
-            "shape": asdict(self.shape),
+            "shape": {**asdict(self.shape), "passages": layout.passages},  # not the most that any layout has
             "prompt": self.scorer.prompt,
             "marks": [list(mark) for mark in self.scorer.marks],
             "text": window.text,
-            "strides": [asdict(stride) for stride in window.strides],
+            "strides": [(stride.targets, layout.chosen(stride)) for stride in window.strides],
         }
 
 
@@ -144,9 +143,9 @@ def table(cells: Sequence[Cell]) -> str:
                 str(cell.layout),
                 cell.targets,
                 len(set(cell.documents)),
-                _shown(cell.perplexity()),
-                f"{cell.word_perplexity().value:.1f}",
-                _shown(cell.against(base)) if base is not None else "",
+                cell.perplexity().shown(".3f"),
+                "-" if (words := cell.word_perplexity()) is None else f"{words.value:.1f}",
+                cell.against(base).shown(".3f") if base is not None else "",
                 f"{sum(m.encoded for m in cell.measured) / cell.targets:.1f}",
                 f"{1000 * seconds / cell.targets:.0f}",
             ]
@@ -158,10 +157,6 @@ def table(cells: Sequence[Cell]) -> str:
     return markdown(headers, rows)
 
 
-def _shown(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
 def data(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Cells as JSON, with the loss of every target."""
     return [
@@ -171,7 +166,7 @@ def data(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "layout": str(cell.layout),
             "targets": cell.targets,
             "perplexity": cell.perplexity()._asdict(),
-            "word_perplexity": cell.word_perplexity()._asdict(),
+            "word_perplexity": None if (words := cell.word_perplexity()) is None else words._asdict(),
             "encoded": sum(m.encoded for m in cell.measured),
             "seconds": round(sum(m.seconds for m in cell.measured), 2),
             "documents": cell.documents,
@@ -196,11 +191,12 @@ def plot(cells: Sequence[Cell], to: Path) -> None:
     )  # fmt: skip
     colours = dict(zip(layouts, plt.get_cmap("tab20").colors * (1 + len(layouts) // 20), strict=False))
     rows = [(s, layout) for s in sets for layout in layouts]
-    for ax, window in zip(axes[0], panels, strict=True):
+    for ax, window in zip(axes[0], panels, strict=False):  # no panel where nothing stands beside `none`
         for cell in (c for c in shown if c.window == window):
             at = rows.index((cell.set, str(cell.layout)))
             ratio = cell.against(bases[cell.set, cell.window])
-            spread = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
+            low, high = ratio.known
+            spread = [[ratio.value - low], [high - ratio.value]]
             ax.errorbar(ratio.value, at, xerr=spread, fmt="o", markersize=4, capsize=2, color=colours[str(cell.layout)])
         ax.axvline(1, color="0.6", linewidth=0.8)
         ax.set_xlim(right=min(1.6, ax.get_xlim()[1]))

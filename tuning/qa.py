@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from longstride.engine.context import Placement
 from longstride.engine.pieces import MemoryPieces
+from longstride.scheduler.adapters import refresh_of
 from longstride.scheduler.answer import Answer, Source
 from longstride.scheduler.assistant import Assistant
 from longstride.scheduler.session import Session
@@ -22,7 +23,7 @@ from longstride.tuning.prepend import prepended
 from longstride.tuning.questions import Case, Gold, Question, QuestionSet
 from longstride.tuning.systems import Setup, System
 
-FORMAT = 1  # of what is kept; another number: nothing kept is used again
+FORMAT = 2  # of what is kept; another number: nothing kept is used again
 Progress = Callable[[str, int], None]
 
 
@@ -210,7 +211,7 @@ class Evaluation:
     def _identity(self, name: str, case: Case, system: System) -> dict[str, Any]:
         """All that decides a part's answers and counters."""
         adapter = self.adapters[system.name]
-        refresh = system.placement.refresh if self.setup.refresh is None else self.setup.refresh
+        refresh = refresh_of(self.setup.refresh, system.placement, adapter)
         return {
             "format": FORMAT,
             "model": self.assistant.model.fingerprint,

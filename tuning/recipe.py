@@ -55,7 +55,7 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
-        return {**asdict(self), "layout": str(self.layout), "modules": list(self.modules)}
+        return {**asdict(self), "modules": list(self.modules)}
 
 
 class Steps:

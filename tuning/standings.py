@@ -7,7 +7,7 @@ from typing import Any
 
 from longstride.tuning.qa import Part, Record
 from longstride.tuning.report import markdown, pyplot, save
-from longstride.tuning.statistics import Interval, mean
+from longstride.tuning.statistics import Interval, by_document, mean, scaled
 from longstride.tuning.systems import PREPEND, System
 
 QUALITY = ("score", "exact", "f1", "contained", "retrieved", "gold", "answer_in_view")
@@ -57,13 +57,10 @@ Value = Callable[[Record], float | None]
 
 def _mean(values: Sequence[tuple[str, float | None]]) -> Interval | None:
     """Over (document, value) of questions; None where no question has one."""
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for document, value in values:
-        if value is not None:
-            sums[document] = sums.get(document, 0.0) + value
-            counts[document] = counts.get(document, 0) + 1
-    return mean(list(sums.values()), [counts[document] for document in sums]) if sums else None
+    known = [(document, value) for document, value in values if value is not None]
+    documents = [document for document, _ in known]
+    sums = by_document(documents, (value for _, value in known))
+    return mean(sums, by_document(documents, [1.0] * len(known))) if known else None
 
 
 def rows(parts: Sequence[Part]) -> list[Row]:
@@ -140,8 +137,8 @@ def _share(interval: Interval | None, sign: str = "") -> str:
     """In per cent."""
     if interval is None:
         return "-"
-    value, low, high = (100 * x for x in interval)
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    least = -1.0 if sign else 0.0  # of a difference of shares, or of a share: no interval need pass what can be
+    return scaled(interval, lambda share: 100 * max(least, min(1.0, share))).shown(f"{sign}.1f")
 
 
 def _plain(interval: Interval | None, digits: int = 0) -> str:
@@ -208,7 +205,7 @@ def plot(found: Sequence[Row], to: Path) -> None:
     for axes, name in zip(panels[0], names, strict=True):
         for number, row in enumerate(r for r in found if r.set == name and r.questions):
             score, encoded = row.measures["score"], row.measures["encoded"].value
-            low, high = 100 * max(0.0, score.value - score.low), 100 * max(0.0, score.high - score.value)
+            low, high = (100 * abs(score.value - end) for end in score.known)
             marker = "s" if row.system.startswith(PREPEND) else "o"
             # ten colours, then they come again with another filling
             axes.errorbar(

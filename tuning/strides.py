@@ -138,7 +138,7 @@ class Past:
             query = self.ids[at - shape.query : at]
             known = self._search(query, start, max(KNOWN, shape.passages))
             # not one that was found: that would be no chance passage where a text repeats itself
-            chance = self._chance(start, known, rng)[: shape.passages]
+            chance = self._chance(start, known, shape.passages, rng)
             best = self._search([*query, *targets], start, shape.passages) if oracle else []
             hits = known[: shape.passages], chance, best
             strides.append(Stride(targets, *(tuple(map(self._passage, one)) for one in hits)))
@@ -161,16 +161,19 @@ class Past:
         ]
         return [(s, i) for _, s, i in sorted(hits)[:count]]
 
-    def _chance(self, start: int, known: list[tuple[int, int]], rng: random.Random) -> list[tuple[int, int]]:
-        """Passages that were not found, in an order of chance: of the past where it has any, else of the corpus."""
+    def _chance(
+        self, start: int, known: list[tuple[int, int]], count: int, rng: random.Random
+    ) -> list[tuple[int, int]]:
+        """`count` passages that were not found, in an order of chance: of the past; where that has too few, of the
+        corpus; where that has too few as well, the worst of those found that are not shown."""
         found = set(known)
         drawn = [(1, i) for i in range(self._past(start)) if (1, i) not in found]
-        if not drawn:
+        rng.shuffle(drawn)
+        if len(drawn) < count:
             own = self.corpus.known.get(self.text.sha256, -1)
             numbers = rng.sample(range(self.corpus.index.size), min(4 * KNOWN, self.corpus.index.size))
-            return [(0, i) for i in numbers if (0, i) not in found and self.corpus.owners[i] != own]
-        rng.shuffle(drawn)
-        return drawn
+            drawn += [(0, i) for i in numbers if (0, i) not in found and self.corpus.owners[i] != own]
+        return [*drawn, *reversed(known[count:])][:count]
 
     def _passage(self, hit: tuple[int, int]) -> Ids:
         source, number = hit

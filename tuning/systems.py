@@ -84,6 +84,7 @@ class Setup:
     passages: int = 3
     passage_tokens: int = 128
     query_tokens: int = 32
+    passage_weight: float = 0.5
     refresh: int | None = None
     max_tokens: int = 32
     system: str = SYSTEM
@@ -112,6 +113,7 @@ class Setup:
             "passages": self.passages,
             "passage_tokens": self.passage_tokens,
             "query_tokens": self.query_tokens,
+            "passage_weight": self.passage_weight,
             "refresh": self.refresh,
             "system": self.system,
             # the most room for a question and its answer: no question may slide the window that the next one sees

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -38,6 +39,7 @@ def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[in
     """
     from peft import LoraConfig, get_peft_model
 
+    _check_head(plain)
     torch.manual_seed(recipe.seed)
     own = sorted({id_ for mark in marks for id_ in mark})
     embedding, head = plain.model.get_input_embeddings(), plain.model.get_output_embeddings()
@@ -70,6 +72,16 @@ def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[in
         if module_name.endswith("lora_dropout"):
             module.train()  # the base's own dropout, where it has one, stays off
     return model, head
+
+
+@torch.no_grad()
+def _check_head(plain: PlainModel) -> None:
+    """Raises `BadInput` for a model that changes its logits behind the head: its loss would be another than here."""
+    ids = torch.arange(4, device=plain.model.device)[None]
+    logits = plain.model(input_ids=ids).logits
+    ours = plain.model.get_output_embeddings()(plain.model.base_model(input_ids=ids).last_hidden_state)
+    if not torch.allclose(logits.float(), ours.float(), atol=1e-3, rtol=1e-3):
+        raise BadInput(f"model {plain.name} scales its logits behind the head, which training does not know how to do")
 
 
 def _check_modules(model: Any, modules: tuple[str, ...]) -> None:
@@ -230,7 +242,7 @@ class Run:
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "state.safetensors", device=str(self.losses.device))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise BadInput(f"the checkpoint in {folder} is damaged ({error}); remove it to start anew") from error
         ours = json.loads(json.dumps(self._identity()))
         other = [name for name in ours if state.get(name) != ours[name]]
@@ -265,6 +277,7 @@ class Run:
             "acts": self.recipe.acts,
             "placement": self.recipe.layout.place,
             "window": self.recipe.layout.window.partition(":")[0],
+            "refresh": self.recipe.layout.refresh,
             **self.manifest,
             **self._identity(),
             "targets": int(sum(line["targets"] for line in self.log)),

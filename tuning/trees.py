@@ -52,7 +52,7 @@ class Tree:
 @dataclass
 class Batch:
     """A tree as tensors: text [1, T], branches [m, R], `mask` bool and `added` to the logits [m, R, T + R]; `at`:
-    (branch, row) pairs [2, n] that predict `targets`."""
+    (branch, row) pairs [2, n] that predict the branches' targets."""
 
     text: torch.Tensor
     text_positions: torch.Tensor
@@ -62,7 +62,6 @@ class Batch:
     mask: torch.Tensor
     added: torch.Tensor
     at: torch.Tensor
-    targets: torch.Tensor
 
 
 @dataclass
@@ -176,7 +175,6 @@ def batch(tree: Tree, device: torch.device) -> Batch:
         behind = len(branch.discounts)
         added[number, behind:n, seen : seen + behind] = torch.tensor(branch.discounts)
         at += [(number, branch.first + i) for i in range(len(branch.targets))]
-    targets = [target for branch in tree.branches for target in branch.targets]
     return Batch(
         *(
             tensor.to(device)
@@ -189,7 +187,6 @@ def batch(tree: Tree, device: torch.device) -> Batch:
                 mask,
                 added,
                 torch.tensor(at).T,
-                torch.tensor(targets),
             )
         )
     )

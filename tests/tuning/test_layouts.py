@@ -127,6 +127,16 @@ def test_rows_are_those_that_each_layout_must_compute():
     assert encoded("beside,refresh=4") == text - 4 + 3 * (9 + 4) + 3 * (s - 1) + 2 * s
 
 
+@pytest.mark.parametrize("place", ["end", "turn", "beside"])
+def test_passages_that_are_in_place_stay_there(place):
+    """As in a session, whose segment is written anew only where retrieval brings others."""
+    scorer, of = Scorer(tiny_loaded("llama"), PROMPT, MARKS), window()
+    same = replace(of, strides=tuple(replace(stride, found=of.strides[0].found) for stride in of.strides))
+    again = scorer.score(same, Layout.parse(f"{place},passages=2"), SHAPE)
+    once = scorer.score(of, Layout.parse(f"{place},passages=2,every=3"), SHAPE)
+    assert (again.losses, again.encoded) == (once.losses, once.encoded)
+
+
 def test_an_adapter_changes_the_strides_and_brings_its_marks(tmp_path):
     save_adapter(tmp_path, trainable_token_indices=[262, 263], own=own_file("segment"))
     model = tiny_loaded("llama")

@@ -8,7 +8,7 @@ import pytest
 from longstride.errors import BadInput
 from longstride.tuning import standings
 from longstride.tuning.qa import Part, Record
-from longstride.tuning.statistics import Interval
+from longstride.tuning.statistics import mean
 from longstride.tuning.systems import systems
 
 RECORD = Record(
@@ -38,7 +38,7 @@ def test_rows_are_means_over_questions():
     first, second, third = standings.rows(PARTS)
     assert (first.set, first.system, first.questions, first.documents) == ("s", "beside:4", 3, 2)
     assert first.measures["score"].value == pytest.approx(2 / 3)
-    assert (first.measures["score"].low, first.measures["score"].high) == (0.5, 1.0)  # of documents d and e
+    assert first.measures["score"] == mean([1.0, 1.0], [2, 1])  # of documents d and e
     assert first.measures["encoded"].value == 40
     assert first.reading == 100
     assert "answer_in_view" not in first.measures
@@ -54,7 +54,7 @@ def test_parts_of_one_system_are_one_row():
 def test_differences_are_paired():
     (one,) = standings.differences(PARTS, systems("beside:4,prepend:4"))
     assert (one.set, one.first, one.second) == ("s", "beside:4", "prepend:4")
-    assert one.measures["score"] == Interval(pytest.approx(-1 / 3), -0.5, 0.0)
+    assert one.measures["score"] == mean([-1.0, 0.0], [2, 1])
     assert one.encoded == pytest.approx(120 / 3000)
     assert one.reusing == pytest.approx(120 / 1500)
 
@@ -91,8 +91,8 @@ def test_tables_say_what_they_hold():
     differences = standings.differences(PARTS, systems("beside:4,prepend:4"))
     text = standings.as_markdown(rows, differences, {"model": "tiny", "max_tokens": 8})
     lines = text.splitlines()
-    assert lines[2].startswith("| s | beside:4 | 66.7 [50.0, 100.0] | 0.0 [0.0, 0.0] |")
-    assert "| s | beside:4 - prepend:4 | -33.3 [-50.0, +0.0] |" in text
+    assert lines[2].startswith("| s | beside:4 | 66.7 [0.0, 100.0] | 0.0 [0.0, 0.0] |")
+    assert "| s | beside:4 - prepend:4 | -33.3 [-100.0, +100.0] |" in text
     assert "| 0.040 | 0.080 |" in text
     assert "s: 3 questions about 2 documents; t: 1 questions about 1 documents" in text
     assert "model tiny, max_tokens 8." in text
@@ -107,7 +107,7 @@ def test_a_row_without_questions_has_a_line():
 
 def test_plain_data_keeps_the_interval():
     data = standings.to_dict(standings.rows(PARTS)[0])
-    assert data["measures"]["score"] == {"value": pytest.approx(2 / 3), "low": 0.5, "high": 1.0}
+    assert data["measures"]["score"] == mean([1.0, 1.0], [2, 1])._asdict()
 
 
 def test_the_plot_is_a_picture(tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longstride.errors import BadInput
-from longstride.tuning.strides import Corpus, Past, Places, Shape, windows
+from longstride.tuning.strides import KNOWN, Corpus, Past, Places, Shape, windows
 from longstride.tuning.texts import Text
 from tests.tiny import ByteTokenizer
 
@@ -83,6 +83,15 @@ def test_a_short_past_takes_chance_passages_from_other_texts():
     for stride in past.window(0, SHAPE, seed=0).strides:
         assert stride.chance
         assert all(ByteTokenizer().decode(passage) in other.body for passage in stride.chance)
+
+
+def test_where_all_of_a_short_past_was_found_the_worst_of_it_are_the_chance_passages():
+    past = Past(text(5), corpus())
+    start = 200
+    assert 2 < past._past(start) < KNOWN
+    for stride in past.window(start, SHAPE, seed=3).strides:
+        assert len(stride.chance) == min(SHAPE.passages, past._past(start) - len(stride.found))
+        assert not {tuple(p) for p in stride.found} & {tuple(p) for p in stride.chance}
 
 
 def test_the_oracle_asks_with_the_targets():

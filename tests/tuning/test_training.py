@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -252,7 +252,7 @@ def test_the_manifest_says_what_it_came_from(tmp_path):
     one = run(tmp_path)
     one.go()
     own = json.loads((tmp_path / "longstride.json").read_text())
-    assert own["recipe"]["layout"] == "end,passages=2"
+    assert own["recipe"]["layout"] == asdict(Layout.parse("end,passages=2"))
     assert own["recipe"]["shape"]["window"] == SMALL.window
     assert own["data"] == [text(i).sha256 for i in range(3)]
     assert own["targets"] == sum(line["targets"] for line in one.log) == 4 * 2 * SMALL.stride
