@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from longstride.scheduler.answer import Answer, Source
+from longstride.storage.database import Database
 
 if TYPE_CHECKING:  # torch takes seconds to import, and many commands need none
     from longstride.scheduler.assistant import Assistant
@@ -79,6 +80,13 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeata
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given on the command line."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def database(db: Path | None) -> Database:
+    """The database for a command that looks at what is stored. One that is named must be there."""
+    from longstride.scheduler.settings import load_settings
+
+    return Database(load_settings(**given(db=db)).db, create=db is None)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

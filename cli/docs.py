@@ -9,8 +9,6 @@ import typer
 from longstride.cli import common as c
 from longstride.errors import BadInput
 from longstride.scheduler.convert import text_of
-from longstride.scheduler.settings import load_settings
-from longstride.storage.database import Database
 from longstride.storage.documents import DEFAULT, Documents, check_collection
 
 if TYPE_CHECKING:
@@ -36,10 +34,6 @@ def files_under(paths: list[Path]) -> list[Path]:
         else:
             raise BadInput(f"{path} does not exist")
     return found
-
-
-def _database(db: Path | None) -> Database:
-    return Database(load_settings(**c.given(db=db)).db)
 
 
 async def _add(assistant: "Assistant", path: Path, collection: str) -> tuple[str, str]:
@@ -88,10 +82,9 @@ def add(
 @app.command("list")
 def list_(collection: Only = None, db: c.Db = None, json: c.Json = False) -> None:
     """List documents with their collections, and files that could not be added."""
-    database = _database(db)
-    documents = Documents(database)
-    found, failures = documents.all(collection), documents.failures()
-    database.close()
+    with c.database(db) as database:
+        documents = Documents(database)
+        found, failures = documents.all(collection), documents.failures()
     if json:
         failed = [{"path": path, "reason": reason, "at": at} for path, reason, at in failures]
         c.print_json({"documents": [vars(d) for d in found], "failures": failed})
@@ -116,10 +109,9 @@ def search(
     """Show the passages that retrieval would bring for QUERY."""
     from longstride.scheduler.retriever import Retriever
 
-    database = _database(db)
     collections = None if collection is None else [collection]
-    found = c.run(Retriever(Documents(database)).search(query, count, collections=collections))
-    database.close()
+    with c.database(db) as database:
+        found = c.run(Retriever(Documents(database)).search(query, count, collections=collections))
     if json:
         c.print_json([vars(p) for p in found])
     elif found:
@@ -135,9 +127,8 @@ def remove(
     db: c.Db = None,
 ) -> None:
     """Remove a document from a collection; when it is in no other, its text and passages go."""
-    database = _database(db)
-    documents = Documents(database)
-    found = documents.find(name, collection)
-    database.write(lambda tables: documents.remove(tables, found.id, collection))
-    database.close()
+    with c.database(db) as database:
+        documents = Documents(database)
+        found = documents.find(name, collection)
+        database.write(lambda tables: documents.remove(tables, found.id, collection))
     c.out.print(f"removed {found.name} ({found.passages:,} passages) from collection {collection}", markup=False)

@@ -39,17 +39,19 @@ def run(db: c.Db = None, json: c.Json = False) -> None:
         facts["embedded model"] = str(find_gguf())
     except LongstrideError as error:
         problems.append(str(error))
-    if settings.db.exists():
+    path = settings.db.expanduser().resolve()
+    if path.exists():
         try:
-            database = Database(settings.db)
-            problems += database.check()
-            blocks, size = Blocks(database, settings.blocks_limit_bytes).usage()
+            with Database(path) as database:
+                problems += database.check()
+                blocks, size = Blocks(database, settings.blocks_limit_bytes).usage()
             facts["blocks"] = f"{blocks:,}, {size / 1e6:,.1f} of {settings.blocks_limit_bytes / 1e6:,.0f} MB"
-            database.close()
         except LongstrideError as error:
             problems.append(str(error))
-    free = shutil.disk_usage(settings.db.resolve().parent).free
-    facts["free disk"] = f"{free / 1e9:,.1f} GB"
+    if path.parent.is_dir():
+        facts["free disk"] = f"{shutil.disk_usage(path.parent).free / 1e9:,.1f} GB"
+    else:
+        problems.append(f"the folder {path.parent} of the database does not exist")
     if json:
         c.print_json({"facts": facts, "problems": problems})
     else:

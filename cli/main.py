@@ -71,19 +71,15 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     # --debug is welcome anywhere on the line
     arguments = [*(["--debug"] if debug else []), *(a for a in sys.argv[1:] if a != "--debug")]
-    _register()
     try:
+        _register()
         app(arguments)
     except LongstrideError as error:
         if debug:
             raise
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted", 1)
-    except BrokenPipeError:
-        # the reader of our output has gone; point stdout elsewhere so that closing it says nothing
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(130)  # as typer does once a command runs
     except Exception as error:
         if debug:
             raise

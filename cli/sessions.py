@@ -1,14 +1,11 @@
 """`longstride sessions`: what is saved, how big, and whether it is sound."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from longstride.cli import common as c
-from longstride.scheduler.settings import load_settings
 from longstride.storage.blocks import Blocks
-from longstride.storage.database import Database
 from longstride.storage.sessions import Sessions
 from longstride.storage.verify import verify as everything_wrong
 
@@ -16,17 +13,12 @@ app = typer.Typer(help="List, show, verify and remove saved sessions.", no_args_
 Name = Annotated[str, typer.Argument(help="The session's name.")]
 
 
-def _database(db: Path | None) -> Database:
-    return Database(load_settings(**c.given(db=db)).db)
-
-
 @app.command("list")
 def list_(db: c.Db = None, json: c.Json = False) -> None:
     """List sessions, last used first."""
-    database = _database(db)
-    found = Sessions(database).all()
-    blocks, size = Blocks(database, 0).usage()
-    database.close()
+    with c.database(db) as database:
+        found = Sessions(database).all()
+        blocks, size = Blocks(database, 0).usage()
     if json:
         keys = ("name", "tokens", "model", "updated_at", "sound")
         rows = [{key: getattr(s, key) for key in keys} for s in found]
@@ -45,11 +37,10 @@ def list_(db: c.Db = None, json: c.Json = False) -> None:
 @app.command()
 def show(name: Name, db: c.Db = None, json: c.Json = False) -> None:
     """Show a session: its settings, and its answers with their sources."""
-    database = _database(db)
-    sessions = Sessions(database)
-    s, *_ = sessions.load(sessions.get(name).id)
-    answers = sessions.answers(s.id)
-    database.close()
+    with c.database(db) as database:
+        sessions = Sessions(database)
+        s, *_ = sessions.load(sessions.get(name).id)
+        answers = sessions.answers(s.id)
     if json:
         c.print_json({**{k: v for k, v in vars(s).items() if k not in ("prompt", "sound")}, "answers": answers})
         return
@@ -69,9 +60,8 @@ def show(name: Name, db: c.Db = None, json: c.Json = False) -> None:
 @app.command()
 def verify(db: c.Db = None, json: c.Json = False) -> None:
     """Check the file and every session, document and block of KV in it; exit code 1 if anything is unsound."""
-    database = _database(db)
-    problems = everything_wrong(database)
-    database.close()
+    with c.database(db) as database:
+        problems = everything_wrong(database)
     if json:
         c.print_json({"sound": not problems, "problems": problems})
     else:
@@ -86,9 +76,8 @@ def verify(db: c.Db = None, json: c.Json = False) -> None:
 @app.command()
 def remove(name: Name, db: c.Db = None) -> None:
     """Remove a session with all its text and answers."""
-    database = _database(db)
-    sessions = Sessions(database)
-    s = sessions.get(name)
-    database.write(lambda tables: sessions.remove(tables, s.id))
-    database.close()
+    with c.database(db) as database:
+        sessions = Sessions(database)
+        s = sessions.get(name)
+        database.write(lambda tables: sessions.remove(tables, s.id))
     c.out.print(f"removed {s.name} ({s.tokens:,} tokens)", markup=False)

@@ -11,7 +11,6 @@ import typer
 from longstride.cli import common as c
 from longstride.errors import BadInput
 from longstride.scheduler.settings import load_settings
-from longstride.storage.database import Database
 from longstride.storage.jobs import Jobs
 
 app = typer.Typer(help="Work off messages from an MQTT broker.", invoke_without_command=True)
@@ -115,16 +114,12 @@ def run(
     c.run(work())
 
 
-def _jobs(db: Path | None) -> Jobs:
-    return Jobs(Database(load_settings(**c.given(db=db)).db))
-
-
 @dead.command("list")
 def list_(db: c.Db = None, json: c.Json = False) -> None:
     """List them, oldest first, with the reason."""
-    jobs = _jobs(db)
-    found, count = jobs.dead(), jobs.dead_count()
-    jobs.database.close()
+    with c.database(db) as database:
+        jobs = Jobs(database)
+        found, count = jobs.dead(), jobs.dead_count()
     if json:
         names = ("seq", "key", "session", "kind", "topic", "reason", "attempts", "received_at")
         c.print_json([{name: getattr(job, name) for name in names} for job in found])
@@ -148,18 +143,18 @@ def _chosen(number: int | None, all_: bool) -> int | None:
 @dead.command()
 def retry(number: Number = None, all_: All = False, db: c.Db = None) -> None:
     """Put one, or all, back in line; a running worker takes them up."""
-    chosen, jobs = _chosen(number, all_), _jobs(db)
-    count = jobs.database.write(lambda tables: jobs.retry(tables, chosen))
-    jobs.database.close()
+    chosen = _chosen(number, all_)
+    with c.database(db) as database:
+        count = database.write(lambda tables: Jobs(database).retry(tables, chosen))
     _say(count, chosen, "will be tried again")
 
 
 @dead.command()
 def drop(number: Number = None, all_: All = False, db: c.Db = None) -> None:
     """Delete one, or all, with their text."""
-    chosen, jobs = _chosen(number, all_), _jobs(db)
-    count = jobs.database.write(lambda tables: jobs.drop(tables, chosen))
-    jobs.database.close()
+    chosen = _chosen(number, all_)
+    with c.database(db) as database:
+        count = database.write(lambda tables: Jobs(database).drop(tables, chosen))
     _say(count, chosen, "dropped")
 
 

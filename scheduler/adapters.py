@@ -1,6 +1,7 @@
 """Which LoRA adapter a session gets, and whether it may."""
 
 from pathlib import Path
+from threading import Lock
 
 from longstride.engine.adapter import Adapter, load_adapter, shipped_adapter
 from longstride.engine.context import Placement
@@ -14,6 +15,7 @@ class Adapters:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self._loading = Lock()
         self._held: dict[Path, tuple[list[tuple[str, int, int]], Adapter]] = {}  # with files' names, sizes and times
 
     def of(self, settings: SessionSettings) -> Adapter | None:
@@ -24,12 +26,13 @@ class Adapters:
         folder = shipped_adapter(self.model.name, trained) if name == "auto" else Path(name).resolve()
         if name == "none" or folder is None:
             return None
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        held = self._held.get(folder)
-        if held is None or held[0] != stats:
-            held = self._held[folder] = stats, load_adapter(folder, self.model)
-        return held[1]
+        with self._loading:
+            files = sorted(folder.iterdir()) if folder.is_dir() else []
+            stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            held = self._held.get(folder)
+            if held is None or held[0] != stats:
+                held = self._held[folder] = stats, load_adapter(folder, self.model)
+            return held[1]
 
 
 def refresh_of(asked: int | None, placement: Placement, adapter: Adapter | None) -> int:

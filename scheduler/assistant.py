@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakValueDictionary
 
 from sqlite_utils import Database as Tables
 
@@ -38,7 +39,7 @@ class Assistant:
         self._progress = progress
         self._given = model
         self._open: dict[str, Session] = {}
-        self._opening = asyncio.Lock()
+        self._opening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by name
 
     @classmethod
     def open(
@@ -100,6 +101,7 @@ class Assistant:
     async def close(self) -> None:
         """Finish the forward and the writes under way, then let go of everything."""
         await asyncio.to_thread(self.device.close)
+        self.retriever.close()
         await asyncio.to_thread(self.database.close)
         self._open.clear()
 
@@ -113,7 +115,7 @@ class Assistant:
         """
         if not name.strip() or len(name) > 200 or any(ord(c) < 32 for c in name):
             raise BadInput(f"a session needs a name of 1 to 200 printable characters, not {name!r}")
-        async with self._opening:
+        async with self._opening.setdefault(name, asyncio.Lock()):
             held = self._open.get(name)
             if held is not None and held.healthy and (not changes or changed(held.settings, changes) == held.settings):
                 return held

@@ -81,32 +81,24 @@ def _html(data: bytes) -> str:
 def _pdf(path: Path) -> str:
     try:
         from pypdf import PdfReader
-        from pypdf.errors import DependencyError, PyPdfError
+        from pypdf.errors import DependencyError
     except ImportError as error:
         raise BadInput('PDF needs an extra: pip install "longstride[documents]"') from error
     # pypdf logs what it stumbles over; what matters of it becomes the reason below
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     try:
         reader = PdfReader(path)
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise BadInput("is an encrypted PDF; save it without a password first")
-        pages = [page.extract_text() for page in reader.pages]
+        locked = reader.is_encrypted and not reader.decrypt("")
+        pages = [] if locked else [page.extract_text() for page in reader.pages]
     except DependencyError as error:
         raise BadInput(f"is an encrypted PDF; save it without a password first ({error})") from error
-    # a damaged PDF makes the parser fail in many ways; each is this file's fault alone and becomes its reason
-    except (
-        PyPdfError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        RecursionError,
-        NotImplementedError,
-        OSError,
-    ) as error:
+    # a damaged PDF makes the parser fail in any way; each is this file's fault alone and becomes its reason
+    except Exception as error:
         raise BadInput(f"is a damaged PDF: {type(error).__name__}: {error}") from error
-    text = "\n\n".join(pages)
+    if locked:
+        raise BadInput("is an encrypted PDF; save it without a password first")
+    # half a character (a lone surrogate) can be spelled in a PDF, and written nowhere
+    text = "\n\n".join(pages).encode("utf-8", "replace").decode()
     if not text.strip():
         raise BadInput("is a PDF without text (a scan?); run it through OCR first")
     return text

@@ -6,8 +6,9 @@ import logging
 import threading
 from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,13 @@ class Retriever:
 
     def __init__(self, documents: Documents) -> None:
         self.documents = DocumentIndex(documents)
+        # its own threads: while the index is built for the first search others wait for it, and must not hold what
+        # everything else runs in
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="longstride-search")
+
+    def close(self) -> None:
+        """Begin no further search; one that runs ends with its database."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def search(
         self,
@@ -179,7 +187,8 @@ class Retriever:
         Passages of the stream that reach past token `visible_from` are in the context already and left out. Documents
         outside `collections` (None: all) change nothing, neither the passages nor their scores.
         """
-        return await asyncio.to_thread(self._search, query, count, stream, visible_from, collections)
+        search = partial(self._search, query, count, stream, visible_from, collections)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, search)
 
     def _search(
         self,

@@ -243,7 +243,7 @@ class Session:
         try:
             return await self._commit(chunk, also)
         except BaseException as error:
-            self._failure = f"saving failed: {str(error) or type(error).__name__}"
+            self.fail(error)
             raise
 
     async def _commit(self, chunk: list[int], also: Change | None) -> int:
@@ -271,6 +271,10 @@ class Session:
         self._failure = why
         if not self._lock.locked():
             self.snapshot.suspend()
+
+    def fail(self, error: BaseException) -> None:
+        """What is stored is not what is in memory, so this object refuses all further use."""
+        self._failure = f"saving failed: {str(error) or type(error).__name__}"
 
     @property
     def healthy(self) -> bool:

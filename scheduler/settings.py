@@ -154,7 +154,6 @@ class Settings(SessionSettings, Layers):
         4 << 30, ge=0, description="bytes of open sessions' KV in memory; idle ones make room"
     )
     pieces_limit_bytes: int = Field(512 << 20, ge=0, description="bytes of passage KV kept in memory at most")
-    cache: Path | None = Field(None, description="where converted models are kept (read from the environment)")
 
     def for_sessions(self) -> SessionSettings:
         """The part that a new session takes over."""
@@ -203,5 +202,8 @@ def _sentence(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"]) or "settings"
-        parts.append(f"{name}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})")
+        # a secret must not be shown, nor what was meant for one and misspelt
+        secret = "password" in name or item["type"] == "extra_forbidden"
+        got = "" if secret else f" (got {item['input']!r})"
+        parts.append(f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}{got}")
     return "; ".join(parts)

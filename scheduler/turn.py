@@ -12,7 +12,7 @@ from longstride.engine.context import Placement
 from longstride.engine.sampling import Choice, Sampler
 from longstride.engine.tokenizer import StreamDecoder
 from longstride.engine.verify import Decoding
-from longstride.errors import ContextFull
+from longstride.errors import ContextFull, StorageError
 from longstride.scheduler.answer import Answer, Piece, Source
 from longstride.scheduler.core import Also
 from longstride.scheduler.retriever import Passage
@@ -273,4 +273,8 @@ class Turn:
         if added:
             await session.remember(added, change)
         else:
-            await sessions.database.awrite(change)
+            try:
+                await sessions.database.awrite(change)
+            except StorageError as error:
+                session.fail(error)  # another process may have changed or removed it
+                raise

@@ -117,7 +117,8 @@ class Link:
         try:
             await self._client.__aenter__()
         except aiomqtt.MqttError as error:
-            raise LinkLost(str(error)) from error
+            with _cancellable():
+                raise LinkLost(str(error)) from error
         try:
             with _cancellable():
                 await self._subscribe()
@@ -204,7 +205,7 @@ class Link:
         if not answer.done():
             raise LinkLost("the broker did not acknowledge a message")
         if answer.result():
-            raise Refused(answer.result())
+            raise Refused(f"{answer.result()} (topic {topic})")
 
     def _acknowledged(self, _client: object, _data: object, number: int, reason: Any, _properties: object) -> None:
         answer = self._waiting.get(number)

@@ -82,5 +82,11 @@ class WorkerSettings(Layers):
 def load_worker_settings(**given: Any) -> WorkerSettings:
     """Settings with `given` on top. Raises `BadInput` naming each setting that is wrong."""
     settings = load(WorkerSettings, **given)
-    settings.address  # noqa: B018 - wrong ones are refused here
+    _, _, tls = settings.address
+    if not tls and any((settings.tls_ca, settings.tls_cert, settings.tls_key)):
+        raise BadInput("tls_ca, tls_cert and tls_key need mqtts://; over mqtt:// everything is sent in the clear")
+    if settings.tls_key is not None and settings.tls_cert is None:
+        raise BadInput("tls_key needs tls_cert, the certificate that it is the key of")
+    if settings.user is None and (settings.password is not None or settings.password_file is not None):
+        raise BadInput("a password needs a user")
     return settings

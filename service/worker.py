@@ -78,6 +78,7 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop`. Raises `StorageError` if another worker holds the database, `BadInput` for settings."""
+        Link(self.settings)  # what is wrong at the start is told, and what goes wrong later waited out
         with WorkerLock(self.jobs.database), self._metrics_port():
             again = await self.jobs.database.awrite(self.jobs.recover)
             log.info("started", extra={"interrupted": again, "waiting": (await asyncio.to_thread(self.jobs.depth))[0]})
@@ -122,7 +123,8 @@ class Worker:
                 async with self._connected() as link:
                     began = time.monotonic()
                     await self._serve(link)
-            except LinkLost as error:
+            except (LinkLost, Refused, BadInput) as error:
+                # a password or certificate that is just being changed is a reason to wait, as is the broker's refusal
                 self.problems["broker"] = f"no connection to the broker: {error}"
             except StorageError as error:
                 self.problems["storage"] = str(error)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from sqlite_utils import Database as Tables
 
@@ -27,11 +27,14 @@ class Database:
     `StorageError` says why not.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, create: bool = True) -> None:
         self.path = Path(path).expanduser()
         self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
+        self._connections: list[tuple[Tables, threading.RLock]] = []
+        self._opening = threading.Lock()
         self._closed = False
+        if not create and not self.path.exists():
+            raise StorageError(f"there is no database {self.path}")
         try:
             # created by hand, so that nobody else can read it for even a moment
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -43,6 +46,12 @@ class Database:
         except BaseException:
             self.close()
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _migrate(self, tables: Tables) -> None:
         known = {migration.name for migration in migrations.pending(Tables(memory=True))}
@@ -57,28 +66,36 @@ class Database:
             )
         migrations.apply(tables)
 
-    def _tables(self) -> Tables:
-        tables: Tables | None = getattr(self._local, "tables", None)
-        if tables is None:
-            if self._closed:
-                raise StorageError(f"the database {self.path} was closed")
-            # each thread has its own connection; check_same_thread is off only so that close() can close them all
-            connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-            self._connections.append(connection)
-            # damaged text is text that fails its checksum, and is not refused by Python before that can be said
-            connection.text_factory = partial(str, encoding="utf-8", errors="replace")
-            # blocks are megabytes, and a large value is a chain of pages; decides only how a new file is laid out
-            connection.execute("PRAGMA page_size=16384")
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA foreign_keys=ON")
-            connection.execute("PRAGMA secure_delete=ON")
-            tables = self._local.tables = Tables(connection)
-        return tables
+    def _tables(self) -> tuple[Tables, threading.RLock]:
+        """This thread's connection, and the lock that keeps it from being closed while it is used."""
+        own: tuple[Tables, threading.RLock] | None = getattr(self._local, "own", None)
+        if own is None:
+            with self._opening:
+                if self._closed:
+                    raise self._gone()
+                own = self._local.own = self._connect(), threading.RLock()
+                self._connections.append(own)
+        return own
+
+    def _connect(self) -> Tables:
+        # each thread has its own connection; check_same_thread is off only so that close() can close them all
+        connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        # damaged text is text that fails its checksum, and is not refused by Python before that can be said
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
+        # blocks are megabytes, and a large value is a chain of pages; decides only how a new file is laid out
+        connection.execute("PRAGMA page_size=16384")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("PRAGMA secure_delete=ON")
+        return Tables(connection)
+
+    def _gone(self) -> StorageError:
+        return StorageError(f"the database {self.path} was closed")
 
     def _transaction(self, change: Callable[[Tables], T]) -> T:
         with self._words():
-            tables = self._tables()
+            tables, _ = self._tables()  # `close` waits for this thread
             # immediate: a deferred transaction that reads first fails at once when another process wrote meanwhile
             tables.conn.execute("BEGIN IMMEDIATE")
             try:
@@ -93,7 +110,7 @@ class Database:
     def submit(self, change: Callable[[Tables], T]) -> "Future[T]":
         """Queue a transaction on the writer thread."""
         if self._closed:
-            raise StorageError(f"the database {self.path} was closed")
+            raise self._gone()
         return self._writer.submit(self._transaction, change)
 
     def write(self, change: Callable[[Tables], T]) -> T:
@@ -105,9 +122,31 @@ class Database:
         return await asyncio.shield(asyncio.wrap_future(self.submit(change)))
 
     def read(self, query: Callable[[Tables], T]) -> T:
-        """Run a query on this thread's connection."""
+        """Run a query on this thread's connection. `StorageError` if the database is closed meanwhile."""
         with self._words():
-            return query(self._tables())
+            tables, lock = self._tables()
+            with lock:
+                if self._closed:
+                    raise self._gone()
+                try:
+                    return query(tables)
+                except sqlite3.OperationalError as error:
+                    if self._closed:  # and interrupted for it
+                        raise self._gone() from error
+                    raise
+
+    def snapshot(self, query: Callable[[Tables], T]) -> T:
+        """`read` in one transaction: all that the query sees is of one moment."""
+
+        def at_once(tables: Tables) -> T:
+            tables.conn.execute("begin")
+            try:
+                return query(tables)
+            finally:
+                if tables.conn.in_transaction:
+                    tables.conn.execute("rollback")
+
+        return self.read(at_once)
 
     async def aread(self, query: Callable[[Tables], T]) -> T:
         """The same in a worker thread."""
@@ -130,13 +169,18 @@ class Database:
         return self.read(query)
 
     def close(self) -> None:
-        """Finish queued writes and close all connections."""
-        if self._closed:
-            return
-        self._closed = True
+        """Finish queued writes, break off reads that other threads are at, and close all connections."""
+        with self._opening:
+            if self._closed:
+                return
+            self._closed = True
         self._writer.shutdown(wait=True)
-        for connection in self._connections:
-            connection.close()
+        for tables, lock in self._connections:
+            # closing a connection that another thread is using is a crash, not an error
+            while not lock.acquire(timeout=0.02):
+                tables.conn.interrupt()
+            tables.conn.close()
+            lock.release()
 
 
 class _Words:

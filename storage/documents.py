@@ -183,7 +183,7 @@ class Documents:
         query = "select id, document_id, start, stop from passages where id = ?"
         found = {passage.id: passage for passage in self._passages(query, ids, collections)}
         if len(found) < len(ids):
-            self._at_once(self._check_all)  # was something removed meanwhile, or is it damaged?
+            self.database.snapshot(self._check_all)  # was something removed meanwhile, or is it damaged?
         return found
 
     def _passages(self, query: str, values: list[int], collections: Collection[str] | None) -> list[StoredPassage]:
@@ -208,19 +208,7 @@ class Documents:
                 if document_id in texts
             ]
 
-        return self._at_once(read)
-
-    def _at_once(self, query: Callable[[Tables], T]) -> T:
-        """`query` in one read transaction, so that all that it reads is of one moment."""
-
-        def read(tables: Tables) -> T:
-            tables.conn.execute("begin")
-            try:
-                return query(tables)
-            finally:
-                tables.conn.execute("rollback")
-
-        return self.database.read(read)
+        return self.database.snapshot(read)
 
     # --- checking ---
 
@@ -283,7 +271,7 @@ class Documents:
             ]
             return [problem for check in checks if (problem := _problem(check, tables))]
 
-        return self._at_once(read)
+        return self.database.snapshot(read)
 
     def count(self) -> int:
         """Passages stored."""
@@ -310,7 +298,7 @@ class Documents:
             rows = tables.conn.execute(passages, [0 if whole else last]).fetchall()
             return Members(revision, whole, rows)
 
-        return self._at_once(read)
+        return self.database.snapshot(read)
 
 
 def _revision(tables: Tables) -> Revision:

@@ -118,7 +118,12 @@ class Sessions:
         query = f"select {COLUMNS} from sessions"  # noqa: S608
 
         def search(tables: Tables) -> StoredSession | None:
-            # all rows are looked at: the index over the names may be damaged
+            # by its id, or SQLite would take the name from its index and not from the row
+            by_id = f"{query} where id = (select id from sessions where name = ?)"
+            row = tables.conn.execute(by_id, [name]).fetchone()
+            if row is not None and row[1] == name:
+                return _stored(row)
+            # the index over the names may be damaged: before a name counts as unknown, all rows are looked at
             return next((_stored(row) for row in tables.conn.execute(query) if row[1] == name), None)
 
         return self.database.read(search)
@@ -177,14 +182,7 @@ class Sessions:
         Raises `StorageError` if anything of it is damaged or missing.
         """
 
-        def query(tables: Tables) -> tuple[StoredSession, bytes, list[StreamPassage]]:
-            tables.conn.execute("begin")
-            try:
-                return self._load(tables, session_id)
-            finally:
-                tables.conn.execute("rollback")
-
-        return self.database.read(query)
+        return self.database.snapshot(lambda tables: self._load(tables, session_id))
 
     def _load(self, tables: Tables, session_id: int) -> tuple[StoredSession, bytes, list[StreamPassage]]:
         stored = self._row(tables, session_id)

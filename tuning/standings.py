@@ -17,7 +17,7 @@ HEADERS = (
     "cached", "reading", "searches", "seconds",
 )  # fmt: skip
 NOTES = (
-    "Means over questions; in brackets 95 % intervals, by bootstrap over documents. score: by each question's own "
+    "Means over questions; in brackets 95 % intervals (Student's, over documents). score: by each question's own "
     "metric (F1, choice or ROUGE-L). gold in view: share of the gold passages that were retrieved or stood in the "
     "window. encoded: prompt-side tokens computed for a question until its answer ended; prefix reused: the same "
     "for a prepending system that keeps the longest prefix it has in common with what it computed last; reading: "

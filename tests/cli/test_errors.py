@@ -88,11 +88,13 @@ def assert_refused(outcome, *words):
         pytest.param("docs remove nothing", ["no document named 'nothing'", "docs list"], id="docs remove"),
         pytest.param("docs add nowhere.txt", ["nowhere.txt does not exist"], id="docs add"),
         pytest.param("sessions list --db .", ["cannot be opened: Is a directory"], id="db is a folder"),
-        pytest.param("sessions verify --db no/where.db", ["cannot be opened: No such file"], id="db in no folder"),
+        pytest.param("sessions verify --db no/where.db", ["there is no database no/where.db"], id="db in no folder"),
         pytest.param("docs list --db notes.txt", ["notes.txt", "not a sound SQLite file", "--db"], id="db is text"),
         pytest.param("sessions list --db newer.db", ["newer.db", "newer Longstride", "upgrade"], id="db is newer"),
         pytest.param("docs search whale --db newer.db", ["newer.db", "newer Longstride"], id="search a newer db"),
         pytest.param("chat --db newer.db", ["newer.db", "newer Longstride"], id="chat with a newer db"),
+        pytest.param("sessions verify --db typo.db", ["there is no database typo.db"], id="verify nothing"),
+        pytest.param("worker dead list --db typo.db", ["there is no database typo.db"], id="dead list of nothing"),
         pytest.param("read nowhere.txt -s s", ["nowhere.txt: cannot be read: No such file"], id="missing file"),
         pytest.param("read . -s s", [".: cannot be read: Is a directory"], id="read a folder"),
         pytest.param("read notes.txt blank.txt -s s", ["blank.txt: the file holds no text"], id="blank file"),
@@ -181,6 +183,8 @@ def test_doctor_reports_in_json_and_by_its_exit_code(folder):
     unsound = longstride(folder, "doctor", "--json", "--db", "notes.txt")
     assert unsound.code == 1
     assert any("not a sound SQLite file" in problem for problem in json.loads(unsound.out)["problems"])
+    nowhere = longstride(folder, "doctor", "--json", "--db", "no/where.db")
+    assert any("does not exist" in problem for problem in json.loads(nowhere.out)["problems"])
 
 
 def test_verify_fails_on_a_damaged_session(folder):

@@ -9,6 +9,8 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from longstride.service.mqtt import Link
+from longstride.service.settings import load_worker_settings
 from tests.broker import Broker, peer, until
 from tests.service.test_worker import working
 
@@ -156,3 +158,42 @@ async def test_told_to_stop_it_stops_also_where_the_broker_hangs_over_a_reply(tm
             await until(lambda: worker._link is None, 40)
         finally:
             os.kill(broker._process.pid, signal.SIGCONT)
+
+
+async def test_what_goes_wrong_while_it_runs_is_waited_out(tmp_path):
+    """A status that may not be published, a password that is just being written: reasons to try again, not to end."""
+    rules, secret = tmp_path / "acl", tmp_path / "password"
+    rules.write_text(f"pattern readwrite {ROOT}/#\n")
+    secret.write_text("sesame\n")
+    broker = brokered(tmp_path, f"acl_file {rules}").start()
+    try:
+        async with working(tmp_path, broker, ROOT, user="me", password_file=secret) as worker:
+            await until(worker.connected.is_set)
+            broker.stop()
+            rules.write_text(f"pattern read {ROOT}/#\n")
+            broker.start()
+            await until(lambda: f"topic {ROOT}/workers/" in worker.problem)
+            secret.write_text("")
+            await until(lambda: "its first line is the password" in worker.problem)
+            broker.stop()
+            rules.write_text(f"pattern readwrite {ROOT}/#\n")
+            secret.write_text("sesame\n")
+            broker.start()
+            await until(worker.connected.is_set)
+            assert not worker.problem
+    finally:
+        broker.stop()
+
+
+async def test_a_stop_that_comes_with_a_refusal_is_no_refusal(tmp_path, broker, monkeypatch):
+    """asyncio's `wait_for` before Python 3.12 raises what it waited for instead of the cancellation."""
+    link = Link(load_worker_settings(broker=broker.url, topics=ROOT))
+
+    async def refused():
+        asyncio.current_task().cancel()
+        raise aiomqtt.MqttError("refused")
+
+    monkeypatch.setattr(link._client, "__aenter__", refused)
+    task = asyncio.create_task(link.__aenter__())
+    await asyncio.wait([task])
+    assert task.cancelled()

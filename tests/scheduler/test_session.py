@@ -340,6 +340,70 @@ async def test_what_still_runs_for_a_removed_session_never_reaches_a_new_one(tmp
     assert b"secret" not in (tmp_path / "t.db").read_bytes()
 
 
+@pytest.mark.parametrize("how", ["fed", "removed"])
+async def test_a_session_that_another_process_changed_is_opened_anew(tmp_path, how):
+    async with opened(tmp_path) as assistant, opened(tmp_path) as other:
+        session = await assistant.session("s")
+        await session.feed(TEXT)
+        if how == "fed":
+            await (await other.session("s")).feed("And more. " * 4)
+        else:
+            await other.remove_session("s")
+        with pytest.raises(StorageError):
+            await session.answer("What?")
+        again = await assistant.session("s")
+        assert again is not session
+        assert again.tokens == (session.tokens + 40 if how == "fed" else 0)
+        if how == "fed":
+            assert (await again.answer("What?")).text
+
+
+async def test_leaving_during_a_search_waits_for_nothing_and_breaks_nothing(tmp_path, monkeypatch):
+    """A search that was cancelled goes on in its thread; its database is closed under it."""
+    searching, over = threading.Event(), threading.Event()
+    async with opened(tmp_path) as assistant:
+        await assistant.add_document("d", TEXT)
+        documents = assistant.retriever.documents
+
+        def slow(tables):
+            searching.set()
+            return tables.conn.execute(
+                "with recursive n(i) as (select 1 union all select i + 1 from n) select count(*) from n"
+            ).fetchone()
+
+        def refresh(_collections=None):
+            try:
+                assistant.database.read(slow)
+            finally:
+                over.set()
+
+        monkeypatch.setattr(documents, "refresh", refresh)
+        search = asyncio.create_task(assistant.search("thing1"))
+        await asyncio.to_thread(searching.wait)
+        search.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await search
+    assert over.wait(60)
+
+
+async def test_opening_a_session_does_not_hold_up_another(tmp_path, monkeypatch):
+    async with opened(tmp_path) as assistant:
+        held = await assistant.session("held")
+        free, resume = asyncio.Event(), assistant._create
+
+        async def create(name, settings):
+            await free.wait()
+            return await resume(name, settings)
+
+        monkeypatch.setattr(assistant, "_create", create)
+        opening = asyncio.create_task(assistant.session("long"))
+        await asyncio.sleep(0)
+        assert await assistant.session("held") is held
+        assert not opening.done()
+        free.set()
+        assert (await opening).name == "long"
+
+
 async def test_one_sessions_error_on_the_device_is_its_own(tmp_path):
     async with opened(tmp_path) as assistant:
         good, bad = await assistant.session("good"), await assistant.session("bad")

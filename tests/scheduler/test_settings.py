@@ -8,6 +8,7 @@ import pytest
 from longstride.engine.context import Placement
 from longstride.errors import BadInput
 from longstride.scheduler.settings import SessionSettings, Settings, changed, load_settings
+from longstride.service.settings import load_worker_settings
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,6 @@ def test_each_source_goes_over_the_next(folder, monkeypatch):
         ("seed", "7", 7),
         ("blocks_limit_bytes", "0", 0),
         ("dtype", "bf16", "bf16"),
-        ("cache", "/tmp/cache", Path("/tmp/cache")),  # noqa: S108
     ],
 )
 def test_every_setting_can_come_from_the_environment(monkeypatch, name, spelled, value):
@@ -105,6 +105,28 @@ def test_an_unknown_setting_is_refused(folder, source):
     (folder / "longstride.toml").write_text("strides = 3\n" if source == "toml" else "")
     with pytest.raises(BadInput, match=r"^strides: "):
         load_settings(**given)
+
+
+@pytest.mark.parametrize("line", ["password = 271828", 'passwort = "271828"'])
+def test_a_secret_that_is_wrong_is_not_shown(folder, line):
+    (folder / "longstride.toml").write_text(f"[worker]\n{line}\n")
+    with pytest.raises(BadInput, match=r"^passwor") as refused:
+        load_worker_settings()
+    assert "271828" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tls_ca": "ca.pem"}, "need mqtts://"),
+        ({"broker": "mqtts://x", "tls_key": "key.pem"}, "needs tls_cert"),
+        ({"password": "x"}, "needs a user"),
+        ({"password_file": "x"}, "needs a user"),
+    ],
+)
+def test_a_setting_of_the_worker_that_would_do_nothing_is_refused(given, words):
+    with pytest.raises(BadInput, match=words):
+        load_worker_settings(**given)
 
 
 @pytest.mark.parametrize("content", [b"stride = \n", b"stride = 3 4", b"system = \xff\xfe"])

@@ -2,6 +2,7 @@
 
 import sqlite3
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -203,3 +204,37 @@ def test_a_closed_database_refuses(tmp_path):
         paths(database)
     with ThreadPoolExecutor(1) as pool, pytest.raises(StorageError, match="closed"):
         pool.submit(paths, database).result()
+
+
+def test_closing_breaks_off_what_other_threads_read(tmp_path):
+    """A connection that is closed under a running statement is a crash of the process, no error."""
+    database = Database(tmp_path / "t.db")
+    endless = "with recursive n(i) as (select 1 union all select i + 1 from n) select count(*) from n"
+    reading = threading.Event()
+
+    def read(tables):
+        reading.set()
+        return tables.conn.execute(endless).fetchone()
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(database.read, read)
+        reading.wait()
+        database.close()
+        with pytest.raises(StorageError, match="closed"):
+            found.result()
+
+
+def test_a_file_that_must_be_there_is_not_made(tmp_path):
+    with pytest.raises(StorageError, match="no database"):
+        Database(tmp_path / "t.db", create=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_snapshot_is_of_one_moment(database):
+    def twice(tables):
+        before = tables.conn.execute("select count(*) from failures").fetchone()
+        fail(database, "meanwhile")
+        return before, tables.conn.execute("select count(*) from failures").fetchone()
+
+    assert database.snapshot(twice) == ((0,), (0,))
+    assert paths(database) == ["meanwhile"]
