@@ -202,7 +202,7 @@ def _keys() -> KeyBindings:
 
 async def _interact(repl: Repl) -> None:
     if not sys.stdin.isatty():
-        while line := await asyncio.to_thread(sys.stdin.readline):
+        async for line in c.arriving(iter(sys.stdin.readline, "")):
             if not await repl.line(line):
                 return
         return

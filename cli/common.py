@@ -1,9 +1,12 @@
 """Options and helpers that commands share."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Coroutine, Iterable
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -92,6 +95,31 @@ def database(db: Path | None) -> Database:
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run a command's coroutine."""
     return asyncio.run(work)
+
+
+async def arriving(items: Iterator[T]) -> AsyncGenerator[T, None]:
+    """`items` as they come, made one ahead in a thread of their own: whoever waits for input can be cancelled, and a
+    thread that still waits for it does not keep the process from its end."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]](1)
+
+    def make() -> None:
+        def put(kind: str, what: Any) -> None:
+            asyncio.run_coroutine_threadsafe(arrived.put((kind, what)), loop).result()
+
+        with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # nobody listens any more
+            try:
+                for item in items:
+                    put("item", item)
+            except Exception as error:  # noqa: BLE001 - raised where the items are awaited
+                put("error", error)
+            else:
+                put("end", None)
+
+    threading.Thread(target=make, daemon=True, name="longstride-input").start()
+    while (event := await arrived.get())[0] != "end":
+        if event[0] == "error":
+            raise event[1]
+        yield event[1]
 
 
 class Loading:

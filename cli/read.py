@@ -117,7 +117,7 @@ def run(
                 meter = Meter(opened, bar, task, notes_every)
                 for name, pieces in sources:
                     bar.update(task, description=name)
-                    for text in pieces:
+                    async for text in c.arriving(pieces):
                         await meter.feed(text)
             total = meter.total
             if json:

@@ -6,6 +6,7 @@ rows that come back; this loop knows none of these kinds. Waiting sequences shar
 """
 
 import asyncio
+import contextlib
 import math
 import threading
 import time
@@ -208,6 +209,13 @@ def _settle(future: "Future[Any]", work: Callable[[], Any]) -> None:
         future.set_exception(error)
 
 
+async def ended(future: "asyncio.Future[T]") -> None:
+    """Wait until `future` is done, however often this is cancelled meanwhile."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
+
+
 async def _settled(future: "Future[T]") -> T:
     """Await `future`; when cancelled, withdraw it if it still waits, else let it finish first."""
     waiter = asyncio.wrap_future(future)
@@ -215,12 +223,7 @@ async def _settled(future: "Future[T]") -> T:
         return await asyncio.shield(waiter)
     except asyncio.CancelledError:
         if not future.cancel():
-            while not future.done():
-                # further cancellations change nothing: the device is busy with this sequence for at most one step
-                try:
-                    await asyncio.shield(waiter)
-                except asyncio.CancelledError:
-                    continue
-                except Exception:  # noqa: BLE001 - the caller has gone; the sequence stays usable
-                    break
+            await ended(waiter)  # the device is busy with this sequence for at most one step
+            if not waiter.cancelled():
+                waiter.exception()  # the caller has gone; the sequence stays usable
         raise

@@ -20,6 +20,7 @@ from longstride.scheduler import notes
 from longstride.scheduler.adapters import check_adapter, refresh_of
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
 from longstride.scheduler.core import Also, Change, Core
+from longstride.scheduler.device import ended
 from longstride.scheduler.marks import Marks
 from longstride.scheduler.memory import StreamMemory
 from longstride.scheduler.pieces import StoredPieces
@@ -41,7 +42,7 @@ async def finished(work: Coroutine[Any, Any, T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        await ended(task)
         if not task.cancelled() and task.exception() is not None:
             log.warning("a cancelled session could not be saved: %s", task.exception())
         raise

@@ -119,7 +119,7 @@ class Sessions:
 
         def search(tables: Tables) -> StoredSession | None:
             # by its id, or SQLite would take the name from its index and not from the row
-            by_id = f"{query} where id = (select id from sessions where name = ?)"
+            by_id = f"{query} where id = (select id from sessions where name = ?)"  # noqa: S608
             row = tables.conn.execute(by_id, [name]).fetchone()
             if row is not None and row[1] == name:
                 return _stored(row)

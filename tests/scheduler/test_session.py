@@ -9,6 +9,7 @@ import pytest
 from longstride import Assistant
 from longstride.engine.context import Placement
 from longstride.errors import BadInput, ContextFull, StorageError
+from longstride.scheduler.session import finished
 from tests.tiny import tiny_assistant_model
 
 TEXT = "".join(f"Sentence number {i} speaks of thing{i} and of nothing else. " for i in range(40))
@@ -319,6 +320,25 @@ async def test_a_cancelled_save_finishes_so_that_memory_and_database_agree(tmp_p
         assert assistant.sessions.get("s").tokens == session.tokens == 64
         await session.feed("And on.")
         assert assistant.sessions.get("s").tokens == session.tokens
+
+
+async def test_what_must_end_ends_however_often_it_is_cancelled():
+    ready, ends = asyncio.Event(), []
+
+    async def work():
+        await ready.wait()
+        ends.append(True)
+
+    task = asyncio.create_task(finished(work()))
+    for _ in range(3):
+        await asyncio.sleep(0.01)
+        task.cancel()
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    ready.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ends == [True]
 
 
 async def test_what_still_runs_for_a_removed_session_never_reaches_a_new_one(tmp_path):
