@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from longstride.engine.adapter import load_adapter
 from longstride.engine.model import PlainModel
@@ -281,6 +282,33 @@ def test_the_two_rows_alone_are_saved_of_the_embedding(tmp_path):
 def test_a_recipe_that_cannot_be_is_refused(tmp_path, changes, message):
     with pytest.raises(BadInput, match=message):
         run(tmp_path, **changes)
+
+
+def test_a_model_whose_logits_are_scaled_behind_the_head_is_refused():
+    config = GraniteConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, logits_scaling=4.0,
+    )  # fmt: skip
+    scaled = PlainModel("scaled", GraniteForCausalLM(config).eval(), ByteTokenizer(), "content", "bytes")
+    with pytest.raises(BadInput, match="scales its logits behind the head"):
+        attach(scaled, Recipe(), OWN, ([1], [2]))
+
+
+@pytest.mark.parametrize("what", ["state.json", "state.safetensors"])
+def test_a_damaged_checkpoint_is_refused_in_words(tmp_path, what, monkeypatch):
+    monkeypatch.setattr("longstride.tuning.training.EVERY", 1)
+    one = run(tmp_path)
+
+    def stop(_line):
+        if one.step == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        one.go(stop)
+    file = tmp_path / "checkpoint" / what
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(BadInput, match="is damaged"):
+        run(tmp_path)
 
 
 def test_passages_as_long_as_the_window_are_refused():
