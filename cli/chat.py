@@ -49,6 +49,7 @@ class Repl:
         self.assistant = assistant
         self.session = session
         self.last: Answer | None = None
+        self.failed = False  # some line was refused
         self.stride = session.settings.stride
         self.commands: dict[str, Callable[[str], Awaitable[None]]] = {
             "/read": self.read,
@@ -84,6 +85,7 @@ class Repl:
             elif text:
                 await self.answer(text, remember=True)
         except LongstrideError as error:
+            self.failed = True
             c.err.print(f"longstride: {error}", markup=False, style="red")
         return True
 
@@ -124,10 +126,7 @@ class Repl:
         """/sources"""
         if self.last is None:
             raise BadInput("there is no answer yet")
-        if self.last.sources:
-            c.print_sources(self.last.sources)
-        else:
-            c.out.print("no passage was retrieved: all that was read is in the context, and no document matched")
+        c.print_sources(self.last.sources)
 
     async def stats(self, _rest: str) -> None:
         """/stats"""
@@ -204,7 +203,9 @@ async def _interact(repl: Repl) -> None:
     if not sys.stdin.isatty():
         async for line in c.arriving(iter(sys.stdin.readline, "")):
             if not await repl.line(line):
-                return
+                break
+        if repl.failed:
+            raise typer.Exit(1)  # a script must be able to tell
         return
     prompt: PromptSession[str] = PromptSession(
         history=_history(), completer=repl.completer(), key_bindings=_keys(), multiline=True, prompt_continuation="… "

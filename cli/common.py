@@ -212,6 +212,9 @@ def report_resume(session: "Session") -> None:
 
 def print_sources(sources: "Iterable[Source | Passage]") -> None:
     """Sources, a line each with the beginning of the passage."""
+    sources = list(sources)
+    if not sources:
+        out.print("no passage was retrieved: all that was read is in the context, and no document matched")
     for number, source in enumerate(sources, 1):
         passage = source.passage if isinstance(source, Source) else source.id
         out.print(
@@ -244,4 +247,7 @@ async def stream_answer(session: "Session", question: str, **changes: Any) -> An
     sys.stdout.write("\n")
     if answer is None:
         raise RuntimeError("an answer ended without its last piece")
+    if answer.finish != "stop":
+        why = "max_tokens" if answer.finish == "length" else "the context is full"
+        err.print(f"(cut off after {answer.usage.generated:,} tokens: {why})", style="dim", markup=False)
     return answer

@@ -100,18 +100,18 @@ def list_(collection: Only = None, db: c.Db = None, json: c.Json = False) -> Non
 
 @app.command()
 def search(
-    query: Annotated[str, typer.Argument(help="Words to look for.")],
+    words: Annotated[list[str], typer.Argument(help="Words to look for.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Passages to show.")] = 5,
     collection: Only = None,
     db: c.Db = None,
     json: c.Json = False,
 ) -> None:
-    """Show the passages that retrieval would bring for QUERY."""
+    """Show the passages that retrieval would bring for WORDS."""
     from longstride.scheduler.retriever import Retriever
 
     collections = None if collection is None else [collection]
     with c.database(db) as database:
-        found = c.run(Retriever(Documents(database)).search(query, count, collections=collections))
+        found = c.run(Retriever(Documents(database)).search(" ".join(words), count, collections=collections))
     if json:
         c.print_json([vars(p) for p in found])
     elif found:

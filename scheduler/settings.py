@@ -202,8 +202,9 @@ def _sentence(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"]) or "settings"
+        unknown = item["type"] == "extra_forbidden"
+        what = "there is no such setting" if unknown else item["msg"][0].lower() + item["msg"][1:]
         # a secret must not be shown, nor what was meant for one and misspelt
-        secret = "password" in name or item["type"] == "extra_forbidden"
-        got = "" if secret else f" (got {item['input']!r})"
-        parts.append(f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}{got}")
+        got = "" if unknown or "password" in name else f" (got {item['input']!r})"
+        parts.append(f"{name}: {what}{got}")
     return "; ".join(parts)

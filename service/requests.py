@@ -146,7 +146,7 @@ def parse(kind: str, payload: bytes) -> Request:
     try:
         return KINDS[kind].model_validate_json(text)
     except ValidationError as error:
-        raise BadInput(_sentence(error)) from error
+        raise BadInput(_sentence(error, sorted(KINDS[kind].model_fields))) from error
 
 
 def received(
@@ -170,12 +170,12 @@ def received(
     return Job(key, session, kind, topic, payload, reply_topic, correlation), problem
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, known: list[str]) -> str:
     """What is wrong, field by field; of the message itself only names of fields that exist."""
     parts = []
     for item in error.errors(include_input=False, include_url=False)[:5]:
         if item["type"] == "extra_forbidden":
-            parts.append("there is a field that this kind of message does not have")
+            parts.append(f"there is a field that this kind of message does not have; it has {', '.join(known)}")
         elif item["loc"]:
             parts.append(f"{item['loc'][0]}: {item['msg'][0].lower()}{item['msg'][1:]}")
         else:

@@ -107,7 +107,7 @@ async def test_text_streams_as_it_comes_and_notes_are_written(tmp_path, broker):
         ("feed", b'{"text": "a', "not JSON"),
         ("feed", b'{"text": 3}', "text: "),
         ("feed", b'{"text": ""}', "text: "),
-        ("feed", b'{"text": "a", "colour": "red"}', "a field that this kind of message does not have"),
+        ("feed", b'{"text": "a", "colour": "red"}', "does not have; it has id, notes_every, text"),
         ("feed", b'{"text": "\\ud800"}', "cannot be read"),
         ("ask", b"What?", "not JSON"),
         ("ask", b'["What?"]', "not a JSON object"),
