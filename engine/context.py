@@ -33,8 +33,8 @@ class Placement(StrEnum):
 
     @property
     def refresh(self) -> int:
-        """Text tokens fed again after a segment where nothing else is asked for: the fewest that docs/evaluation found
-        to give nearly all there is to gain."""
+        """Text tokens fed again after a segment where nothing else is asked for; docs/evaluation has what fewer and
+        more of them give."""
         return {Placement.BESIDE: 16, Placement.END: 64, Placement.TURN: 0}[self]
 
 

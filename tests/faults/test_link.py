@@ -145,7 +145,8 @@ async def test_told_to_stop_it_stops_also_where_the_broker_hangs(tmp_path, broke
             os.kill(broker._process.pid, signal.SIGCONT)
 
 
-async def test_told_to_stop_it_stops_also_where_the_broker_hangs_over_a_reply(tmp_path, broker):
+async def test_told_to_stop_it_stops_also_where_the_broker_hangs_over_a_reply(tmp_path, broker, caplog):
+    caplog.set_level("INFO", "longstride.worker")
     async with peer(broker, ROOT) as client, working(tmp_path, broker, ROOT) as worker:
         await client.send(f"{ROOT}/sessions/s/feed", "text")
         await asked(client)
@@ -155,7 +156,9 @@ async def test_told_to_stop_it_stops_also_where_the_broker_hangs_over_a_reply(tm
             await until(lambda: worker.jobs.outbox_counts()[0])
             worker.stop()
             # the link gives the reply up while the worker says goodbye: the stop must not get lost between the two
-            await until(lambda: worker._link is None, 40)
+            await until(lambda: "stopped" in [record.message for record in caplog.records], 40)
+            assert worker._link is None
+            assert worker.jobs.outbox_counts()[0]  # the reply is kept for the next start
         finally:
             os.kill(broker._process.pid, signal.SIGCONT)
 
