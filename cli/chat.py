@@ -97,8 +97,9 @@ class Repl:
         try:
             self.last = await work
         except asyncio.CancelledError:
-            if not work.cancelled():
-                raise  # it was the REPL itself that was cancelled
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # it is the REPL itself that is told to end
             c.out.print("\n(stopped; this answer is not kept)", style="dim")
         finally:
             loop.remove_signal_handler(signal.SIGINT)
@@ -116,9 +117,12 @@ class Repl:
             except BadInput as error:
                 raise BadInput(f"{path}: {error}") from error
             with c.reading_bar() as bar:
-                ids = self.assistant.model.tokenizer.encode(text)
-                task = bar.add_task(path.name, total=len(ids), rate="")
-                report = await self.session.feed_ids(ids, progress=partial(bar.advance, task))
+                left = await self.session.unread(text, str(path.resolve()))
+                task = bar.add_task(path.name, total=len(left.ids), rate="")
+                report = await self.session.feed_ids(left.ids, progress=partial(bar.advance, task), also=left.also)
+            if left.known and not left.ids:
+                c.out.print(f"{path.name}: all of it was read before", style="dim", markup=False)
+                continue
             rate = report.tokens / report.seconds if report.seconds else 0.0
             c.out.print(f"read {path.name}: {report.tokens:,} tokens, {rate:,.0f} tokens/s", style="dim", markup=False)
 
@@ -246,8 +250,6 @@ def run(
                 window=window,
                 context_tokens=context_tokens,
             )
-            if not await assistant.has_session(session):
-                changes.setdefault("window", "sinks")  # a conversation must not end because the context is full
             opened = await assistant.session(session, **changes)
             c.report_resume(opened)
             await _interact(Repl(assistant, opened))

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
@@ -46,9 +47,9 @@ Window = Annotated[
     str | None,
     typer.Option(
         "--window",
-        help="When the context is full: refuse, or slide (sinks; rollup: behind notes on what left; separators, "
-        "cascade, anchors: keeping fewer rows).",
-        show_default="refuse",
+        help="When the context is full: slide (sinks; rollup: behind notes on what left; separators, cascade, anchors: "
+        "keeping fewer rows), or refuse.",
+        show_default="sinks",
     ),
 ]
 Collections = Annotated[
@@ -93,8 +94,18 @@ def database(db: Path | None) -> Database:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine."""
-    return asyncio.run(work)
+    """Run a command's coroutine. SIGTERM cancels it, as Ctrl-C does, so that it ends in order."""
+
+    async def main() -> T:
+        task = asyncio.current_task()
+        if task is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + signal.SIGTERM) from None
 
 
 async def arriving(items: Iterator[T]) -> AsyncGenerator[T, None]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from sqlite_utils import Database as Tables
 
 from longstride.cli import common as c
 from longstride.errors import BadInput
@@ -20,9 +21,10 @@ Only = Annotated[str | None, typer.Option("--collection", help="Only this collec
 app = typer.Typer(help="Add, list, search and remove the documents that retrieval draws on.", no_args_is_help=True)
 
 
-def files_under(paths: list[Path]) -> list[Path]:
-    """The files named, and those in the folders named (hidden ones left out), in order."""
+def files_under(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """(the files named, and those in the folders named (hidden ones left out), in order; what does not exist)."""
     found: list[Path] = []
+    missing: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(path.rglob("*"))
@@ -32,22 +34,26 @@ def files_under(paths: list[Path]) -> list[Path]:
         elif path.exists():
             found.append(path)
         else:
-            raise BadInput(f"{path} does not exist")
-    return found
+            missing.append(path)
+    if missing and not found:
+        raise BadInput(f"{missing[0]} does not exist")
+    return found, missing
 
 
 async def _add(assistant: "Assistant", path: Path, collection: str) -> tuple[str, str]:
-    """(what became of a file: added, known or failed; details)."""
+    """(what became of a file: added, changed, known or failed; details)."""
+    documents = assistant.documents
     try:
         text = await asyncio.to_thread(text_of, path)
+        older = await assistant.database.aread(lambda tables: documents.versions(tables, str(path), collection))
         passages = await assistant.add_document(path.name, text, str(path), collection)
     except BadInput as error:
         reason = str(error)
-        await assistant.database.awrite(lambda tables: assistant.documents.fail(tables, str(path), reason))
+        await assistant.database.awrite(lambda tables: documents.fail(tables, str(path), reason))
         return "failed", reason
     if passages is None:
         return "known", f"the same text is in collection {collection!r} already"
-    return "added", f"{passages:,} passages"
+    return "changed" if older else "added", f"{passages:,} passages"
 
 
 @app.command()
@@ -58,19 +64,25 @@ def add(
     model: c.ModelName = None,
     json: c.Json = False,
 ) -> None:
-    """Add documents. A file that cannot be read is named with its reason (exit code 1); the others go in."""
+    """Add documents; of a file that has changed the new version takes the old one's place.
+
+    A file that cannot be read is named with its reason (exit code 1); the others go in.
+    """
     check_collection(collection)
-    files = [path.resolve() for path in files_under(paths)]
+    files, missing = files_under(paths)
     results: list[dict[str, str]] = []
+
+    def tell(path: Path, status: str, detail: str) -> None:
+        results.append({"path": str(path), "status": status, "detail": detail})
+        if not json:
+            (c.err if status == "failed" else c.out).print(f"{status}: {path}: {detail}", markup=False)
 
     async def work() -> None:
         async with c.Opened(db=db, model=model) as assistant:
-            for path in files:
-                status, detail = await _add(assistant, path, collection)
-                results.append({"path": str(path), "status": status, "detail": detail})
-                if not json:
-                    console = c.err if status == "failed" else c.out
-                    console.print(f"{status}: {path}: {detail}", markup=False)
+            for path in missing:
+                tell(path, "failed", "does not exist")
+            for path in (path.resolve() for path in files):
+                tell(path, *await _add(assistant, path, collection))
 
     c.run(work())
     if json:
@@ -91,7 +103,7 @@ def list_(collection: Only = None, db: c.Db = None, json: c.Json = False) -> Non
         return
     for d in found:
         size = f"{d.characters:,} characters, {d.passages:,} passages"
-        c.out.print(f"{d.id[:12]}  {d.collection}  {d.name}  {size}", markup=False)
+        c.out.print(f"{d.id[:12]}  {d.collection}  {d.path or d.name}  {size}", markup=False)
     for path, reason, _ in failures:
         c.out.print(f"failed        {path}: {reason}", markup=False, style="yellow")
     if not found and not failures:
@@ -122,13 +134,34 @@ def search(
 
 @app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="A document's name, or the beginning of its id.")],
+    name: Annotated[str, typer.Argument(help="A document's path or name, or the beginning of its id.")],
     collection: Owner = DEFAULT,
     db: c.Db = None,
 ) -> None:
-    """Remove a document from a collection; when it is in no other, its text and passages go."""
+    """Remove a document from a collection; when it is in no other, its text and passages go.
+
+    A file that could not be added is forgotten.
+    """
+    path = str(Path(name).resolve())
     with c.database(db) as database:
         documents = Documents(database)
-        found = documents.find(name, collection)
-        database.write(lambda tables: documents.remove(tables, found.id, collection))
-    c.out.print(f"removed {found.name} ({found.passages:,} passages) from collection {collection}", markup=False)
+        failed = [known for known, _, _ in documents.failures() if known in (path, name) or Path(known).name == name]
+        named = path if any(d.path == path for d in documents.all(collection)) else name
+        try:
+            found = documents.find(named, collection)
+        except BadInput:
+            if not failed:
+                raise
+            found = None
+
+        def change(tables: Tables) -> None:
+            if found is not None:
+                documents.remove(tables, found.id, collection)
+            for known in failed:
+                documents.forget(tables, known)
+
+        database.write(change)
+    if found is not None:
+        c.out.print(f"removed {found.name} ({found.passages:,} passages) from collection {collection}", markup=False)
+    for known in failed:
+        c.out.print(f"forgot {known}, which could not be added", markup=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from longstride import __version__
-from longstride.errors import LongstrideError
+from longstride.errors import Busy, LongstrideError, StorageUnavailable
 
 app = typer.Typer(
     name="longstride",
@@ -77,7 +77,7 @@ def main() -> None:
     except LongstrideError as error:
         if debug:
             raise
-        _fail(str(error), 2)
+        _fail(str(error), 1 if isinstance(error, Busy | StorageUnavailable) else 2)
     except KeyboardInterrupt:
         sys.exit(130)  # as typer does once a command runs
     except Exception as error:

@@ -1,14 +1,16 @@
 """`longstride read`."""
 
+import asyncio
 import codecs
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
 from longstride.cli import common as c
 from longstride.errors import BadInput
@@ -16,6 +18,7 @@ from longstride.scheduler.answer import ReadReport
 from longstride.scheduler.convert import text_of
 
 if TYPE_CHECKING:
+    from longstride.scheduler.core import Also
     from longstride.scheduler.session import Session
 
 PIECE_BYTES = 1 << 16
@@ -38,37 +41,58 @@ def standard_input() -> Iterator[str]:
         yield held
 
 
-def texts(files: list[str]) -> Iterator[tuple[str, Iterator[str]]]:
-    """(name, pieces of text) of each source. Unreadable files are refused before anything is read."""
-    checked: list[tuple[str, str | None]] = []
-    for name in files:
-        if name == "-":
-            checked.append(("standard input", None))
-            continue
+@dataclass(frozen=True)
+class Input:
+    """What is to be read: a file's whole text, or standard input (no path, no text)."""
+
+    name: str
+    path: Path | None = None
+    text: str = ""
+
+    @classmethod
+    def of(cls, argument: str) -> "Input":
+        """Raises `BadInput` naming a file that cannot be read."""
+        if argument == "-":
+            return cls("standard input")
+        path = Path(argument)
         try:
-            checked.append((Path(name).name, text_of(Path(name))))
+            return cls(path.name, path.resolve(), text_of(path))
         except BadInput as error:
-            raise BadInput(f"{name}: {error}") from error
-    for name, text in checked:
-        yield name, standard_input() if text is None else iter([text])
+            raise BadInput(f"{argument}: {error}") from error
 
 
-class Meter:
-    """Feeds a session and moves the bar."""
+class Reading:
+    """Feeds inputs to a session and moves the bar."""
 
-    def __init__(self, session: "Session", bar: Progress, task: TaskID, notes_every: int | None) -> None:
+    def __init__(self, session: "Session", bar: Progress, notes_every: int | None, again: bool) -> None:
         self.session = session
         self.bar = bar
-        self.task = task
+        self.task = bar.add_task("reading", total=0, rate="")
         self.notes_every = notes_every
+        self.again = again
         self.total = ReadReport()
 
-    async def feed(self, text: str) -> None:
-        """Read one piece of text."""
-        ids = self.session.core.model.tokenizer.encode(text)
+    async def read(self, source: Input) -> None:
+        """Read an input; of a file what was not read into this session before."""
+        self.bar.update(self.task, description=source.name)
+        if source.path is None:
+            async for text in c.arriving(standard_input()):
+                ids = await asyncio.to_thread(self.session.core.model.tokenizer.encode, text)
+                await self._feed(ids, None)
+            return
+        left = await self.session.unread(source.text, str(source.path), again=self.again)
+        if left.changed:
+            self._say(f"{source.name} is not as it was when it was read last; reading it from its beginning")
+        elif left.known and left.ids:
+            self._say(f"{source.name}: going on behind what was read of it before")
+        elif left.known:
+            self._say(f"{source.name}: all of it was read before (--again reads it once more)")
+        await self._feed(left.ids, left.also)
+
+    async def _feed(self, ids: list[int], also: "Also[int] | None") -> None:
         known = self.bar.tasks[self.task].total or 0
         self.bar.update(self.task, total=known + len(ids))
-        report = await self.session.feed_ids(ids, notes_every=self.notes_every, progress=self._moved)
+        report = await self.session.feed_ids(ids, notes_every=self.notes_every, progress=self._moved, also=also)
         total = self.total
         total.tokens += report.tokens
         total.encoded += report.encoded
@@ -80,6 +104,10 @@ class Meter:
     def _moved(self, tokens: int) -> None:
         speed = self.bar.tasks[self.task].speed
         self.bar.update(self.task, advance=tokens, rate=f"{speed:,.0f} tokens/s" if speed else "")
+
+    @staticmethod
+    def _say(what: str) -> None:
+        c.err.print(what, style="dim", markup=False)
 
 
 def run(
@@ -97,12 +125,17 @@ def run(
     notes_every: Annotated[
         int | None, typer.Option("--notes-every", help="Write a running note every N tokens.")
     ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Read what was read before once more.")] = False,
     json: c.Json = False,
 ) -> None:
-    """Feed files or standard input to a session; it is created if it does not exist."""
+    """Feed files or standard input to a session; it is created if it does not exist.
+
+    Of a file that was read before, wholly or in part, only the rest is read: a reading that was broken off goes on when
+    it is started again, and a log that has grown is read on.
+    """
     if notes_every is not None and notes_every < 1:
         raise BadInput(f"--notes-every must be 1 or more, not {notes_every}")
-    sources = list(texts(files))
+    inputs = [Input.of(argument) for argument in files]
     changes = c.given(
         placement=placement, adapter=adapter, collections=collection, window=window, context_tokens=context_tokens
     )
@@ -113,13 +146,14 @@ def run(
             if not json:
                 c.report_resume(opened)
             with c.reading_bar() as bar:
-                task = bar.add_task("reading", total=0, rate="")
-                meter = Meter(opened, bar, task, notes_every)
-                for name, pieces in sources:
-                    bar.update(task, description=name)
-                    async for text in c.arriving(pieces):
-                        await meter.feed(text)
-            total = meter.total
+                reading = Reading(opened, bar, notes_every, again)
+                try:
+                    for source in inputs:
+                        await reading.read(source)
+                except asyncio.CancelledError:
+                    c.err.print(f"stopped; session {session} holds {opened.tokens:,} tokens", markup=False)
+                    raise
+            total = reading.total
             if json:
                 notes = [{"tokens": n.tokens, **n.answer.to_dict()} for n in total.notes]
                 c.print_json({"session": session, "read": opened.tokens, **vars(total), "notes": notes})

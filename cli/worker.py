@@ -10,7 +10,6 @@ import typer
 
 from longstride.cli import common as c
 from longstride.errors import BadInput
-from longstride.scheduler.settings import load_settings
 from longstride.storage.jobs import Jobs
 
 app = typer.Typer(help="Work off messages from an MQTT broker.", invoke_without_command=True)
@@ -75,10 +74,7 @@ def run(
     dtype: c.Dtype = None,
     placement: c.Placement = None,
     adapter: c.Adapter = None,
-    window: Annotated[
-        str | None,
-        typer.Option("--window", help="As for `read`.", show_default="sinks"),
-    ] = None,
+    window: c.Window = None,
     context_tokens: c.ContextTokens = None,
 ) -> None:
     """Read and answer what arrives by MQTT, until SIGTERM or Ctrl-C. docs/operations.md has the topics."""
@@ -98,14 +94,12 @@ def run(
     )  # fmt: skip
     settings.secret()  # a password file that cannot be read is refused before the model is loaded
     log_json(log_level)
-    session = c.given(placement=placement, adapter=adapter, context_tokens=context_tokens)
+    session = c.given(placement=placement, adapter=adapter, window=window, context_tokens=context_tokens)
 
     async def work() -> None:
         import asyncio
 
-        # a queue does not end, so its sessions slide where nothing else was said
-        kept = {"window": window or "sinks"} if window or "window" not in load_settings().model_fields_set else {}
-        async with c.Opened(db=db, model=model, device=device, dtype=dtype, **session, **kept) as assistant:
+        async with c.Opened(db=db, model=model, device=device, dtype=dtype, **session) as assistant:
             worker = Worker(assistant, settings)
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, worker.stop)
@@ -125,13 +119,36 @@ def list_(db: c.Db = None, json: c.Json = False) -> None:
         c.print_json([{name: getattr(job, name) for name in names} for job in found])
         return
     for job in found:
-        # a sender chose the key; it must not steer the terminal
-        key = "".join(character if character.isprintable() else "?" for character in job.key)
-        c.out.print(f"{job.seq}  {job.received_at}  {key}  {len(job.payload):,} bytes: {job.reason}", markup=False)
+        topic = _harmless(job.topic)
+        c.out.print(f"{job.seq}  {job.received_at}  {topic}  {len(job.payload):,} bytes: {job.reason}", markup=False)
     if count > len(found):
         c.out.print(f"and {count - len(found):,} more", style="dim")
     if not found:
         c.out.print("none")
+
+
+@dead.command()
+def show(
+    number: Annotated[int, typer.Argument(help="The message's number, as `list` shows it.")], db: c.Db = None
+) -> None:
+    """Show one as it was received, with the reason."""
+    with c.database(db) as database:
+        found = Jobs(database).dead(number) if number > 0 else []
+    if not found:
+        raise BadInput(_none_such(number))
+    job = found[0]
+    c.out.print(f"{_harmless(job.topic)}, received {job.received_at}, {len(job.payload):,} bytes", markup=False)
+    c.out.print(f"{job.reason}, {job.attempts} attempts\n", markup=False)
+    c.out.print(_harmless(job.payload.decode(errors="replace")), markup=False)
+
+
+def _harmless(text: str) -> str:
+    """A sender chose it; it must not steer the terminal."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
+
+
+def _none_such(number: int) -> str:
+    return f"no dead message has the number {number}; `longstride worker dead list` shows them"
 
 
 def _chosen(number: int | None, all_: bool) -> int | None:
@@ -160,5 +177,5 @@ def drop(number: Number = None, all_: All = False, db: c.Db = None) -> None:
 
 def _say(count: int, chosen: int | None, what: str) -> None:
     if not count and chosen is not None:
-        raise BadInput(f"no dead message has the number {chosen}; `longstride worker dead list` shows them")
+        raise BadInput(_none_such(chosen))
     c.out.print(f"{count} {what}")

@@ -26,6 +26,7 @@ from longstride.scheduler.session import Session
 from longstride.scheduler.settings import SessionSettings, Settings, changed, load_settings
 from longstride.scheduler.windows import prepare
 from longstride.storage.blocks import Blocks
+from longstride.storage.bookmarks import Bookmarks
 from longstride.storage.database import Database
 from longstride.storage.documents import DEFAULT, Documents, check_collection
 from longstride.storage.sessions import Sessions, StoredSession
@@ -80,6 +81,7 @@ class Assistant:
             self.device,
             self.retriever,
             self.sessions,
+            Bookmarks(self.database),
             self.blocks,
             self.pieces,
             Residency(settings.cache_limit_bytes),
@@ -191,14 +193,16 @@ class Assistant:
         self, name: str, text: str, path: str | None = None, collection: str = DEFAULT
     ) -> int | None:
         """Put a document into a collection, for retrieval; returns its passages, or None if the same text is there
-        already.
+        already. One that was added from the same `path` is an older version of it, and goes.
 
         Raises `BadInput` for a text without words and for a collection that cannot have this name.
         """
         check_collection(collection)
         if not text.strip():
             raise BadInput("the file is empty" if not text else "the file holds no text")
-        if await asyncio.to_thread(self.documents.exists, self.documents.identity(text), collection):
+        id_ = self.documents.identity(text)
+        if await asyncio.to_thread(self.documents.exists, id_, collection):
+            await self.database.awrite(lambda tables: self.documents.replace(tables, id_, path, collection))
             return None
         spans = await asyncio.to_thread(split_text, text, self.model.tokenizer, self.settings.passage_tokens)
         try:

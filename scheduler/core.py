@@ -12,6 +12,7 @@ from longstride.scheduler.device import Device
 from longstride.scheduler.residency import Residency
 from longstride.scheduler.retriever import Retriever
 from longstride.storage.blocks import Blocks
+from longstride.storage.bookmarks import Bookmarks
 from longstride.storage.sessions import Sessions
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class Core:
     device: Device
     retriever: Retriever
     sessions: Sessions
+    bookmarks: Bookmarks
     blocks: Blocks
     pieces: MemoryPieces
     residency: Residency

@@ -19,6 +19,7 @@ from longstride.errors import BadInput, ContextFull, StorageError
 from longstride.scheduler import notes
 from longstride.scheduler.adapters import check_adapter, refresh_of
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
+from longstride.scheduler.bookmarks import Unread, unread
 from longstride.scheduler.core import Also, Change, Core
 from longstride.scheduler.device import ended
 from longstride.scheduler.marks import Marks
@@ -152,11 +153,13 @@ class Session:
         self,
         text: str,
         *,
+        bookmark: str | None = None,
         notes_every: int | None = None,
         progress: Callable[[int], None] | None = None,
         also: Also[int] | None = None,
     ) -> ReadReport:
-        """Read on. With `notes_every`, write a running note after every so many tokens.
+        """Read on. With `bookmark`, a name for the text, only what was not read of it before (`unread`). With
+        `notes_every`, write a running note after every so many tokens.
 
         `progress` hears of each chunk's tokens; `also` joins the transaction that saves each chunk and is told how many
         of these tokens have been read by then. Raises `ContextFull` when `text` does not fit and the window policy
@@ -165,8 +168,19 @@ class Session:
         """
         if notes_every is not None and notes_every < 1:
             raise BadInput(f"notes every {notes_every} tokens: it must be 1 or more")
-        ids = await asyncio.to_thread(self.core.model.tokenizer.encode, text)
+        if bookmark is None:
+            ids = await asyncio.to_thread(self.core.model.tokenizer.encode, text)
+        else:
+            left = await self.unread(text, bookmark)
+            ids, also = left.ids, left.and_also(also)
         return await self.feed_ids(ids, notes_every=notes_every, progress=progress, also=also)
+
+    async def unread(self, text: str, bookmark: str, *, again: bool = False) -> Unread:
+        """What was not read yet of `text`, which goes by the name `bookmark` in this session; with `again` all of it.
+
+        A reading that was interrupted goes on so, and so does one of a file that has grown.
+        """
+        return await asyncio.to_thread(unread, self, bookmark, text, again=again)
 
     async def feed_ids(
         self,

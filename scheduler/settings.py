@@ -1,6 +1,9 @@
 """Settings: flags over `LONGSTRIDE_*` over `longstride.toml` over the defaults here."""
 
 import json
+import os
+from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -77,7 +80,7 @@ class SessionSettings(BaseModel):
         None, ge=0, description="text tokens fed again after a segment; 16 beside and 64 at the end when not set"
     )
     window: Literal["refuse", "sinks", "separators", "cascade", "anchors", "rollup"] = Field(
-        "refuse", description="what stays of the text in the cache, and what happens when the context is full"
+        "sinks", description="what stays of the text in the cache, and what happens when the context is full"
     )
     recent_tokens: int = Field(512, ge=1, le=1 << 30, description="last tokens that stay whole (separators, cascade)")
     span_tokens: int = Field(64, ge=2, le=1 << 30, description="tokens that an anchor stands for at most (anchors)")
@@ -169,11 +172,27 @@ def load_settings(**given: Any) -> Settings:
 
 
 def load(settings_cls: type[S], **given: Any) -> S:
-    """The same for any class of settings."""
+    """The same for any class of settings. A variable that is nearly called like a setting is refused, too."""
+    prefix = settings_cls.model_config.get("env_prefix", "")
+    variables = [name.upper() for name in os.environ if name.upper().startswith(prefix)]
+    settings = [f"{prefix}{name}".upper() for name in settings_cls.model_fields]
+    for variable in sorted(set(variables) - set(settings)):
+        near = get_close_matches(
+            variable.removeprefix(prefix), [name.removeprefix(prefix) for name in settings], 1, 0.8
+        )
+        if near:
+            raise BadInput(f"{variable}: there is no such setting; {prefix}{near[0]} is one")
+
+    def origin(name: str) -> str:
+        if name in given:
+            return ""
+        variable = f"{prefix}{name}".upper()
+        return f" from {variable if variable in variables else 'longstride.toml'}"
+
     try:
         return settings_cls(**given)
     except ValidationError as error:
-        raise BadInput(_sentence(error)) from error
+        raise BadInput(_sentence(error, origin)) from error
     except (OSError, ValueError) as error:
         raise BadInput(f"longstride.toml could not be read: {error}") from error
 
@@ -198,13 +217,15 @@ def changed_for_answer(settings: SessionSettings, changes: dict[str, Any]) -> Se
     return changed(settings, changes)
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, origin: Callable[[str], str] = lambda _name: "") -> str:
+    """What is wrong with which settings; `origin` says where one stands, as in " from longstride.toml"."""
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"]) or "settings"
         unknown = item["type"] == "extra_forbidden"
         what = "there is no such setting" if unknown else item["msg"][0].lower() + item["msg"][1:]
         # a secret must not be shown, nor what was meant for one and misspelt
-        got = "" if unknown or "password" in name else f" (got {item['input']!r})"
-        parts.append(f"{name}: {what}{got}")
+        value = "" if unknown or "password" in name else f" {item['input']!r}"
+        from_ = origin(str(item["loc"][0])) if item["loc"] else ""
+        parts.append(f"{name}: {what}" + (f" (got{value}{from_})" if value or from_ else ""))
     return "; ".join(parts)

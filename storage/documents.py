@@ -99,8 +99,10 @@ class Documents:
     ) -> list[int]:
         """Put a document into a collection, inside the caller's transaction; returns its passages' ids.
 
-        A text that another collection holds keeps the passages it has.
+        One of the same path there is an older version of it, and goes. A text that another collection holds keeps the
+        passages it has.
         """
+        self.replace(tables, self.identity(text), path, collection)
         id_ = self.identity(text)
         known = tables.conn.execute("select id from collections where document_id = ?", [id_]).fetchall()
         for (membership,) in known:
@@ -118,13 +120,30 @@ class Documents:
         seal = checksum("document", *_sealed(tables, membership))
         tables.conn.execute("update collections set checksum = ? where id = ?", [seal, membership])
         if path is not None:
-            tables.conn.execute("delete from failures where path = ?", [path])
+            self.forget(tables, path)
         rows = tables.conn.execute("select id from passages where document_id = ? order by id", [id_])
         return [int(row[0]) for row in rows.fetchall()]
+
+    @staticmethod
+    def versions(tables: Tables, path: str | None, collection: str = DEFAULT) -> list[str]:
+        """The ids of a collection's documents that were added from `path`."""
+        query = "select document_id from collections where path = ? and collection = ?"
+        return [str(row[0]) for row in tables.conn.execute(query, [path, collection]).fetchall()]
+
+    def replace(self, tables: Tables, id_: str, path: str | None, collection: str) -> None:
+        """Remove what was added from `path` but this document, inside the caller's transaction."""
+        for older in self.versions(tables, path, collection):
+            if older != id_:
+                self.remove(tables, older, collection)
 
     def fail(self, tables: Tables, path: str, reason: str) -> None:
         """Record a file that could not be added."""
         tables.conn.execute("insert or replace into failures values (?, ?, ?)", [path, reason, now()])
+
+    @staticmethod
+    def forget(tables: Tables, path: str) -> None:
+        """Forget that a file could not be added."""
+        tables.conn.execute("delete from failures where path = ?", [path])
 
     def failures(self) -> list[tuple[str, str, str]]:
         """(path, reason, when) of files that could not be added."""
@@ -146,12 +165,18 @@ class Documents:
         return [StoredDocument(*row) for row in rows]
 
     def find(self, name: str, collection: str = DEFAULT) -> StoredDocument:
-        """A collection's document by name or by the beginning of its id; `BadInput` when there is none or several."""
-        found = [d for d in self.all(collection) if d.name == name or (len(name) >= 6 and d.id.startswith(name))]
+        """A collection's document by path, by name or by the beginning of its id; `BadInput` when there is none or
+
+        several.
+        """
+        documents = self.all(collection)
+        found = [d for d in documents if d.path == name] or [
+            d for d in documents if d.name == name or (len(name) >= 6 and d.id.startswith(name))
+        ]
         if len(found) != 1:
             what = "no document" if not found else f"{len(found)} documents"
             raise BadInput(
-                f"{what} named {name!r} in collection {collection!r}; `longstride docs list` shows names and ids"
+                f"{what} named {name!r} in collection {collection!r}; `longstride docs list` shows paths and ids"
             )
         return found[0]
 

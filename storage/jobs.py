@@ -223,10 +223,10 @@ class Jobs:
 
     # --- the dead, and the past ---
 
-    def dead(self) -> list[Job]:
-        """What could not be done, oldest first."""
-        query = f"select {COLUMNS} from jobs where state = 'dead' order by seq limit ?"  # noqa: S608
-        return [Job(*row) for row in self.database.read(lambda t: t.conn.execute(query, [SHOWN]).fetchall())]
+    def dead(self, seq: int | None = None) -> list[Job]:
+        """What could not be done, oldest first; or the one of that number, if it is among it."""
+        query = f"select {COLUMNS} from jobs where state = 'dead' and ? in (seq, 0) order by seq limit ?"  # noqa: S608
+        return [Job(*row) for row in self.database.read(lambda t: t.conn.execute(query, [seq or 0, SHOWN]).fetchall())]
 
     def dead_count(self) -> int:
         """How many could not be done."""

@@ -220,6 +220,23 @@ def checksums(tables: Tables) -> None:
     _seal_documents(tables)
 
 
+@migrations(name="0008_bookmarks")
+def bookmarks(tables: Tables) -> None:
+    """How far each file was read into a session: a reading that was broken off goes on there, as does that of a file
+    which has grown."""
+    tables.conn.execute(
+        """create table bookmarks (
+            session_id integer not null references sessions(id) on delete cascade,
+            name text not null,               -- the file's path
+            characters integer not null,      -- of its text, read
+            tokens integer not null,          -- of what follows them, read
+            digest blob not null,             -- sha256 of both
+            checksum blob not null,
+            primary key (session_id, name)
+        ) strict, without rowid"""
+    )
+
+
 def _seal_runs(tables: Tables) -> None:
     """Which run completed which passages is not known any more: the last one answers for them all."""
     last: dict[int, int] = dict(tables.conn.execute("select session_id, max(start) from runs group by session_id"))

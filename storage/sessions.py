@@ -16,7 +16,7 @@ from longstride.storage.database import Database
 SEALED = "id, name, model, vocabulary, settings, prompt, window_start, tokens"  # what decides an answer
 COLUMNS = f"{SEALED}, created_at, updated_at, checksum"
 ANSWER = "session_id, kind, question, text, tokens, usage, timing, sources, created_at"
-CHILDREN = ("runs", "stream_passages", "answers", "session_blocks")
+CHILDREN = ("runs", "stream_passages", "answers", "session_blocks", "bookmarks")
 
 
 def now() -> str:

@@ -8,6 +8,7 @@ from sqlite_utils import Database as Tables
 
 from longstride.errors import StorageError
 from longstride.storage.blocks import Blocks
+from longstride.storage.bookmarks import Bookmarks
 from longstride.storage.database import Database
 from longstride.storage.documents import Documents
 from longstride.storage.schema import migrations
@@ -20,6 +21,7 @@ def verify(database: Database) -> list[str]:
         database.check,
         partial(_check_schema, database),
         Sessions(database).verify,
+        Bookmarks(database).verify,
         Documents(database).verify,
         Blocks(database, 0).verify,
     )

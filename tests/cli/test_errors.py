@@ -14,6 +14,7 @@ import typer
 
 from longstride.cli import main as command_line
 from longstride.storage.database import Database
+from longstride.storage.documents import Documents
 from longstride.storage.sessions import Sessions
 from tests.storage.test_database import make_newer
 
@@ -172,6 +173,28 @@ def test_an_empty_database_is_no_error(folder):
     assert json.loads(longstride(folder, "docs", "search", "whale", "--json").out) == []
     assert json.loads(longstride(folder, "sessions", "list", "--json").out)["sessions"] == []
     assert json.loads(longstride(folder, "sessions", "verify", "--json").out) == {"sound": True, "problems": []}
+
+
+def test_what_may_be_tried_again_is_no_wrong_use(folder):
+    Database(folder / "longstride.db").close()
+    connection = sqlite3.connect(folder / "longstride.db")
+    connection.execute("begin immediate")
+    outcome = longstride(folder, "worker", "dead", "retry", "--all")
+    connection.close()
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "another process has been writing" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_file_that_could_not_be_added_can_be_forgotten(folder):
+    path = str(folder / "broken.pdf")
+    with Database(folder / "longstride.db") as database:
+        documents = Documents(database)
+        database.write(lambda tables: documents.fail(tables, path, "is a damaged PDF"))
+    assert "failed" in longstride(folder, "docs", "list").out
+    assert longstride(folder, "docs", "remove", "broken.pdf").out == f"forgot {path}, which could not be added\n"
+    assert "no documents yet" in longstride(folder, "docs", "list").out
+    assert_refused(longstride(folder, "docs", "remove", "broken.pdf"), "no document named")
 
 
 def test_doctor_reports_in_json_and_by_its_exit_code(folder):

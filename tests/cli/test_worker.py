@@ -32,8 +32,11 @@ def numbers(folder):
 def test_the_dead_are_listed_retried_and_dropped(folder):
     lines = longstride(folder, "worker", "dead", "list").out.splitlines()
     assert len(lines) == 3
-    assert "s/ask/id 0  2 bytes: question: field required" in lines[0]
+    assert "longstride/sessions/s/ask  2 bytes: question: field required" in lines[0]
     first, second, third = numbers(folder)
+    shown = longstride(folder, "worker", "dead", "show", str(second)).out.splitlines()
+    assert shown[0].startswith("longstride/sessions/s/ask, received ")
+    assert shown[1:] == ["question: field required, 0 attempts", "", "{}"]
     assert longstride(folder, "worker", "dead", "drop", str(second)).out == "1 dropped\n"
     assert numbers(folder) == [first, third]
     assert longstride(folder, "worker", "dead", "retry", str(first)).out == "1 will be tried again\n"
@@ -41,6 +44,21 @@ def test_the_dead_are_listed_retried_and_dropped(folder):
     assert longstride(folder, "worker", "dead", "retry", "--all").code == 0
     assert longstride(folder, "worker", "dead", "list").out == "none\n"
     assert Jobs(Database(folder / "longstride.db")).depth()[0] == 2
+
+
+def test_what_a_sender_wrote_does_not_steer_the_terminal(folder):
+    database = Database(folder / "longstride.db")
+    jobs = Jobs(database)
+    job = Job("k", "s", "feed", "longstride/sessions/\x1b[2J/feed", b"one\n\x1b]0;title\x07two\xff")
+    database.write(lambda tables: jobs.receive(tables, job, "bad"))
+    database.close()
+    number = str(numbers(folder)[-1])
+    for arguments in (["list"], ["show", number]):
+        assert "\x1b" not in longstride(folder, "worker", "dead", *arguments).out
+    shown = longstride(folder, "worker", "dead", "show", number).out
+    assert "one\n?]0;title?two\N{REPLACEMENT CHARACTER}\n" in shown
+    assert_refused(longstride(folder, "worker", "dead", "show", "99"), "no dead message has the number 99")
+    assert_refused(longstride(folder, "worker", "dead", "show", "0"), "no dead message has the number 0")
 
 
 def test_one_or_all_must_be_named(folder):

@@ -25,7 +25,14 @@ NAMES = ("ahab", "ishmael")
 PAGE = 1024  # smaller than ours, so that a small file has trees of several levels and chains of pages
 OF_SESSIONS = ("sessions", "runs", "stream_passages")
 OF_DOCUMENTS = ("documents", "passages", "collections")
-OTHERS = ("answers", "blocks", "session_blocks", "failures", "indexes")  # derived, or drawn on by no answer
+OTHERS = (
+    "answers",
+    "blocks",
+    "session_blocks",
+    "bookmarks",
+    "failures",
+    "indexes",
+)  # derived, or drawn on by no answer
 HARMLESS = {("sessions", "created_at"), ("sessions", "updated_at")}
 
 
@@ -91,7 +98,7 @@ async def build(folder):
             await assistant.add_document(f"{word}.txt", text(word, 8), collection=("default", "other")[number % 2])
         for name, count in zip(NAMES, (20, 14), strict=True):
             session = await assistant.session(name)
-            await session.feed(text(name, count))
+            await session.feed(text(name, count), bookmark=f"{name}.txt")
             await session.answer("What of thing5?")
     data = path.read_bytes()
     right = {name: [await ask(write(copy, data), name)] for name in NAMES}

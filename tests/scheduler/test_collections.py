@@ -43,10 +43,8 @@ def lines(text):
     return spans
 
 
-def add(documents, text, collection="default", name="name"):
-    documents.database.write(
-        lambda tables: documents.add(tables, name, f"/{name}", text, lines(text), collection=collection)
-    )
+def add(documents, text, collection="default", name="name", path=None):
+    documents.database.write(lambda tables: documents.add(tables, name, path, text, lines(text), collection=collection))
 
 
 def remove(documents, text, collection="default"):
@@ -79,10 +77,13 @@ class Searches(RuleBasedStateMachine):
         called = f"{text[:4]} of {name}"
         if any(member[:2] == (name, text) for member in self.members):
             with pytest.raises(sqlite3.IntegrityError):
-                add(self.documents, text, name, called)
+                add(self.documents, text, name, called, called)
             return
-        add(self.documents, text, name, called)
+        add(self.documents, text, name, called, called)
+        # texts that begin alike come from one path: the new version takes the older one's place
+        self.members = [member for member in self.members if member[::2] != (name, called)]
         self.members.append((name, text, called))
+        self.stored = [t for t in self.stored if any(t == member[1] for member in self.members)]
         if text not in self.stored:
             self.stored.append(text)
 

@@ -298,3 +298,17 @@ async def test_searching_from_many_tasks_indexes_documents_once(tmp_path):
         found = await asyncio.gather(*(assistant.search(f"topic{i}", 3) for i in range(12)))
         assert [hits[0].document for hits in found] == [f"d{i}" for i in range(12)]
         assert len(assistant.retriever.documents.ids) == assistant.documents.count() == 60
+
+
+async def test_of_a_file_that_has_changed_the_new_version_is_found(tmp_path):
+    async with opened(tmp_path) as assistant:
+
+        async def add(text, path):
+            return await assistant.add_document(path, text, path)
+
+        await add("An anchor of iron.", "/a")
+        assert await add("An anchor of gold.", "/a") == 1
+        assert [p.text for p in await assistant.search("anchor")] == ["An anchor of gold."]
+        await add("An anchor of lead.", "/b")
+        assert await add("An anchor of gold.", "/b") is None  # the same text is there, and it is no lead any more
+        assert [p.text for p in await assistant.search("anchor")] == ["An anchor of gold."]

@@ -37,7 +37,7 @@ def test_each_source_goes_over_the_next(folder, monkeypatch):
     assert (loaded.db, loaded.stride) == (Path("flag.db"), 1)
     assert loaded.model == "environment"
     assert (loaded.placement, loaded.system) == (Placement.END, "from toml")
-    assert (loaded.passages, loaded.window) == (3, "refuse")
+    assert (loaded.passages, loaded.window) == (3, "sinks")
     monkeypatch.delenv("LONGSTRIDE_STRIDE")
     assert load_settings().stride == 3
 
@@ -90,7 +90,8 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(folder, monkeypatch,
         load_settings(**given)
     message = str(refused.value)
     assert message.startswith(f"{name}: ")
-    assert repr(value) in message
+    where = {"flag": "", "environment": f" from LONGSTRIDE_{name.upper()}", "toml": " from longstride.toml"}[source]
+    assert message.endswith(f" (got {value!r}{where})")
     assert len(message.splitlines()) == 1
 
 
@@ -105,6 +106,20 @@ def test_an_unknown_setting_is_refused(folder, source):
     (folder / "longstride.toml").write_text("strides = 3\n" if source == "toml" else "")
     with pytest.raises(BadInput, match=r"^strides: "):
         load_settings(**given)
+
+
+def test_a_variable_that_is_nearly_called_like_a_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("LONGSTRIDE_FOLDER", "somebody else's")
+    monkeypatch.setenv("LONGSTRIDE_CACHE", "cache")
+    monkeypatch.setenv("LONGSTRIDE_WORKER_NAME", "w")
+    assert load_worker_settings().name == "w"
+    assert load_settings() == Settings()
+    monkeypatch.setenv("LONGSTRIDE_CONTEXT_TOKEN", "100")
+    with pytest.raises(BadInput, match=r"^LONGSTRIDE_CONTEXT_TOKEN: .*; LONGSTRIDE_CONTEXT_TOKENS is one$"):
+        load_settings()
+    monkeypatch.setenv("LONGSTRIDE_WORKER_ATTEMPT", "3")
+    with pytest.raises(BadInput, match=r"; LONGSTRIDE_WORKER_ATTEMPTS is one$"):
+        load_worker_settings()
 
 
 @pytest.mark.parametrize("line", ["password = 271828", 'passwort = "271828"'])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from longstride.engine.context import Context, Placement
 from longstride.engine.embedded import embedded_folder
 from longstride.engine.model import load_model
 from longstride.engine.sequence import Sequence
+from longstride.storage.database import Database
+from longstride.storage.sessions import Sessions
 from tests.tiny import reference_logits
 
 pytestmark = pytest.mark.real_model
@@ -37,6 +40,14 @@ def run(*arguments, check=True, **options):
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+def sessions(db):
+    """What `sessions list` says, without a process for it."""
+    if not db.exists():
+        return []
+    with Database(db) as database:
+        return [vars(session) for session in Sessions(database).all()]
 
 
 @pytest.mark.parametrize("placement", list(Placement))
@@ -148,9 +159,13 @@ def test_a_day_with_the_command_line(tmp_path):
     facts = tmp_path / "facts.md"
     facts.write_text("# Zeppelins\n\nThe zeppelin Aurora carries ninety sacks of mail to Lisbon.\n")
     (tmp_path / "empty.txt").touch()
-    added = run("docs", "add", facts, tmp_path / "empty.txt", "--db", db, check=False)
+    added = run("docs", "add", tmp_path / "nowhere", facts, tmp_path / "empty.txt", "--db", db, check=False)
     assert added.returncode == 1
+    assert "nowhere: does not exist" in added.stderr
     assert "empty.txt: the file is empty" in added.stderr
+    facts.write_text("# Zeppelins\n\nThe zeppelin Aurora carries ninety sacks of mail to Lisbon. She flies at night.\n")
+    assert run("docs", "add", facts, "--db", db).stdout.startswith("changed: ")
+    assert run("docs", "list", "--db", db).stdout.count("facts.md") == 1
     answer = json.loads(
         run(
             "ask", "--session", "s", "What does the zeppelin Aurora carry?", "--db", db, "--json", "--max-tokens", 24
@@ -167,6 +182,26 @@ def test_a_day_with_the_command_line(tmp_path):
     assert "everything is sound" in run("sessions", "verify", "--db", db).stdout
     run("sessions", "remove", "s", "--db", db)
     assert run("sessions", "show", "s", "--db", db, check=False).returncode == 2
+
+
+def test_a_reading_told_to_stop_goes_on_where_it_was(tmp_path):
+    book, db = tmp_path / "book.txt", tmp_path / "b.db"
+    book.write_text(CHAPTERS[:12_000])
+    line = [sys.executable, "-m", "longstride.cli.main", "read", str(book), "-s", "b", "--db", str(db)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while process.poll() is None and (sessions(db) or [{"tokens": 0}])[0]["tokens"] == 0:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    (stopped,) = sessions(db)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert f"stopped; session b holds {stopped['tokens']:,} tokens" in told
+    again = run(*line[3:])
+    assert "book.txt: going on behind what was read of it before" in again.stderr
+    tokenizer = load_model(dtype="fp32").tokenizer
+    assert sessions(db)[0]["tokens"] == len(tokenizer.encode(book.read_text())) > stopped["tokens"] > 0
+    assert "all of it was read before" in run(*line[3:]).stderr
+    assert json.loads(run(*line[3:], "--json").stdout)["tokens"] == 0
 
 
 def test_shared_books_can_be_asked_about_their_beginning(tmp_path):

@@ -172,6 +172,29 @@ def test_a_document_is_found_by_name_or_the_beginning_of_its_id(documents):
         documents.find("other.txt")
 
 
+def test_a_document_is_found_by_its_path_before_its_name(documents):
+    add(documents, "notes.txt", path="/a/notes.txt")
+    add(documents, "notes.txt", "other text", [(0, 5)], path="/b/notes.txt")
+    add(documents, "/a/notes.txt", "a third text", [(0, 1)])
+    assert documents.find("/a/notes.txt").characters == len(TEXT)
+    assert documents.find("/b/notes.txt").characters == len("other text")
+    with pytest.raises(BadInput, match=r"2 documents named 'notes\.txt'"):
+        documents.find("notes.txt")
+
+
+def test_a_new_version_takes_the_place_of_the_older_one_where_it_was_added(documents):
+    add(documents, "n.txt", path="/n.txt")
+    add(documents, "n.txt", path="/n.txt", collection="b")
+    add(documents, "n.txt", "a new version", [(0, 5)], path="/n.txt")
+    add(documents, "n.txt", "of another file", [(0, 5)], path="/m/n.txt")
+    found = {(d.collection, d.path, d.characters) for d in documents.all()}
+    assert found == {("default", "/n.txt", 13), ("b", "/n.txt", len(TEXT)), ("default", "/m/n.txt", 15)}
+    assert {p.text for p in documents.passages()} == {TEXT[:16], TEXT[17:40], "a new", "of an"}
+    add(documents, "n.txt", "newer still", [(0, 5)], path="/n.txt", collection="b")
+    assert {p.text for p in documents.passages()} == {"newer", "a new", "of an"}
+    assert documents.verify() == []
+
+
 def test_a_removed_document_takes_its_passages_along(documents):
     add(documents, "moby.txt")
     add(documents, "other.txt", "other text", [(0, 5)])
@@ -192,6 +215,8 @@ def test_a_failure_stands_until_its_file_is_added(documents):
     add(documents, "a.pdf", path="/a.pdf")
     add(documents, "no path", "another text", [(0, 3)])
     assert [path for path, _, _ in documents.failures()] == ["/b.pdf"]
+    documents.database.write(lambda tables: documents.forget(tables, "/b.pdf"))
+    assert documents.failures() == []
 
 
 def test_the_revision_changes_with_every_change_of_the_passages(documents):
