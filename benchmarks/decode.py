@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import Row, plot, report, shipped_text
 from benchmarks.peers import LlamaCpp, plain_model
@@ -91,23 +90,6 @@ def limits(model: Model, plain: Any, length: int) -> dict[str, float]:
     }
 
 
-def shares(step: Callable[[int], float], rounds: int = 10) -> dict[str, float]:
-    """Milliseconds of one decode step by kind of operation (torch's profiler, which makes each a little slower)."""
-    kinds = {"attention": ("attention",), "products": ("linear", "::mm", "addmm")}
-    found = dict.fromkeys([*kinds, "small operations"], 0.0)
-    began = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(rounds):
-            step(1)
-    found["Python between them"] = 1000 * (time.perf_counter() - began) / rounds
-    for event in profiler.key_averages():
-        kind = next((kind for kind, parts in kinds.items() if any(p in event.key for p in parts)), "small operations")
-        milliseconds = event.self_cpu_time_total / 1000 / rounds
-        found[kind] += milliseconds
-        found["Python between them"] -= milliseconds
-    return found
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,7 +113,6 @@ def main() -> None:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     bounds: dict[str, Any] = {}
-    parts: dict[str, Any] = {}
     for length in map(int, options.lengths.split(",")):
         steps = {"ours": ours(model, ids[:length])[1], "transformers": theirs(plain, ids[:length])}
         for name, llama in llamas.items():
@@ -147,7 +128,6 @@ def main() -> None:
             for name in list(steps)[1:]:
                 ratios[f"{name} @ {length} tokens, {count} new"] = made[name].median / made["ours"].median
         bounds[f"{length} tokens"] = limits(model, plain, length)
-        parts[f"{length} tokens"] = shares(steps["ours"])
     if options.read:
         setting = {"length": f"{options.read} tokens", "new": "all"}
         made = {name: Row(name, dict(setting), "s") for name in ("ours", "transformers")}
@@ -168,7 +148,7 @@ def main() -> None:
     report(
         rows,
         ratios,
-        {"dtype": str(model.runner.dtype), "limits": bounds, "ms_of_a_step": parts, **versions},
+        {"dtype": str(model.runner.dtype), "limits": bounds, **versions},
         options.json,
     )
     if options.plot is not None:

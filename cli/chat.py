@@ -4,10 +4,10 @@ import asyncio
 import shlex
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from prompt_toolkit import PromptSession
@@ -20,17 +20,18 @@ from longstride.cli import common as c
 from longstride.engine.embedded import cache_folder
 from longstride.errors import BadInput, LongstrideError
 from longstride.scheduler.answer import Answer
-from longstride.scheduler.convert import text_of
+from longstride.scheduler.convert import path_name, text_of
 
 if TYPE_CHECKING:
     from longstride.scheduler.assistant import Assistant
     from longstride.scheduler.session import Session
 
+T = TypeVar("T")
 HELP = """\
 Type a question, or text to ask about. Alt-Enter (or Esc, then Enter) starts a new line; Ctrl-C stops the answer only;
 Ctrl-D leaves. The conversation is remembered in the session.
 
-  /read FILE...    read files into the session
+  /read FILE...    read files into the session; of a file what was not read before
   /ask QUESTION    ask without remembering the question and its answer
   /sources         the passages that the last answer drew on
   /stats           what the last answer reused and computed, and the session's size
@@ -91,19 +92,9 @@ class Repl:
 
     async def answer(self, question: str, *, remember: bool) -> None:
         """Stream an answer; Ctrl-C stops it (within one step of the device) and nothing else."""
-        work = asyncio.ensure_future(c.stream_answer(self.session, question, remember=remember, stride=self.stride))
-        loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGINT)
-        loop.add_signal_handler(signal.SIGINT, work.cancel)
-        try:
-            self.last = await work
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise  # it is the REPL itself that is told to end
-            c.out.print("\n(stopped; this answer is not kept)", style="dim")
-        finally:
-            loop.remove_signal_handler(signal.SIGINT)
-            signal.signal(signal.SIGINT, before)  # removing puts Python's default there, not what was before
+        answering = c.stream_answer(self.session, question, remember=remember, stride=self.stride)
+        answer = await _stoppable(answering, "\n(stopped; this answer is not kept)")
+        self.last = answer or self.last
 
     async def ask_once(self, question: str) -> None:
         """/ask"""
@@ -116,15 +107,21 @@ class Repl:
                 text = await asyncio.to_thread(text_of, path)
             except BadInput as error:
                 raise BadInput(f"{path}: {error}") from error
-            with c.reading_bar() as bar:
-                left = await self.session.unread(text, str(path.resolve()))
-                task = bar.add_task(path.name, total=len(left.ids), rate="")
-                report = await self.session.feed_ids(left.ids, progress=partial(bar.advance, task), also=left.also)
+            left = await self.session.unread(text, path_name(path.resolve()))
             if left.known and not left.ids:
                 c.out.print(f"{path.name}: all of it was read before", style="dim", markup=False)
                 continue
+            with c.reading_bar() as bar:
+                task = bar.add_task(path.name, total=len(left.ids), rate="")
+                reading = self.session.feed_ids(left.ids, progress=partial(bar.advance, task), also=left.also)
+                report = await _stoppable(reading, f"(stopped; /read {path} goes on there)")
+            if report is None:
+                return
             rate = report.tokens / report.seconds if report.seconds else 0.0
-            c.out.print(f"read {path.name}: {report.tokens:,} tokens, {rate:,.0f} tokens/s", style="dim", markup=False)
+            on = ", behind what was read before" if left.known else ""
+            c.out.print(
+                f"read {path.name}: {report.tokens:,} tokens{on}, {rate:,.0f} tokens/s", style="dim", markup=False
+            )
 
     async def sources(self, _rest: str) -> None:
         """/sources"""
@@ -201,6 +198,24 @@ def _keys() -> KeyBindings:
         event.current_buffer.validate_and_handle()
 
     return keys
+
+
+async def _stoppable(work: Coroutine[Any, Any, T], stopped: str) -> T | None:
+    """Await `work`; Ctrl-C cancels it and nothing else, which is told: then None."""
+    task = asyncio.ensure_future(work)
+    loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGINT)
+    loop.add_signal_handler(signal.SIGINT, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        own = asyncio.current_task()
+        if own is not None and own.cancelling():
+            raise  # it is the REPL itself that is told to end
+        c.out.print(stopped, style="dim", markup=False)
+        return None
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, before)  # removing puts Python's default there, not what was before
 
 
 async def _interact(repl: Repl) -> None:

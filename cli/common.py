@@ -94,16 +94,9 @@ def database(db: Path | None) -> Database:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine. SIGTERM cancels it, as Ctrl-C does, so that it ends in order."""
-
-    async def main() -> T:
-        task = asyncio.current_task()
-        if task is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await work
-
+    """Run a command's coroutine. SIGTERM cancels it once an assistant is open (`Opened`), so that it ends in order."""
     try:
-        return asyncio.run(main())
+        return asyncio.run(work)
     except asyncio.CancelledError:
         raise typer.Exit(128 + signal.SIGTERM) from None
 
@@ -179,9 +172,13 @@ class Opened:
 
     async def __aenter__(self) -> "Assistant":
         try:
-            return await self._assistant.__aenter__()
+            opened = await self._assistant.__aenter__()
         finally:
             self._loading.close()
+        task = asyncio.current_task()
+        if task is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return opened
 
     async def __aexit__(self, *_: object) -> None:
         await self._assistant.close()

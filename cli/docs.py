@@ -9,7 +9,7 @@ from sqlite_utils import Database as Tables
 
 from longstride.cli import common as c
 from longstride.errors import BadInput
-from longstride.scheduler.convert import text_of
+from longstride.scheduler.convert import path_name, text_of
 from longstride.storage.documents import DEFAULT, Documents, check_collection
 
 if TYPE_CHECKING:
@@ -42,17 +42,18 @@ def files_under(paths: list[Path]) -> tuple[list[Path], list[Path]]:
 
 async def _add(assistant: "Assistant", path: Path, collection: str) -> tuple[str, str]:
     """(what became of a file: added, changed, known or failed; details)."""
-    documents = assistant.documents
+    documents, place = assistant.documents, path_name(path)
     try:
         text = await asyncio.to_thread(text_of, path)
-        older = await assistant.database.aread(lambda tables: documents.versions(tables, str(path), collection))
-        passages = await assistant.add_document(path.name, text, str(path), collection)
+        older = await assistant.database.aread(lambda tables: documents.versions(tables, place, collection))
+        passages = await assistant.add_document(path_name(Path(path.name)), text, place, collection)
     except BadInput as error:
         reason = str(error)
-        await assistant.database.awrite(lambda tables: documents.fail(tables, str(path), reason))
+        await assistant.database.awrite(lambda tables: documents.fail(tables, place, reason))
         return "failed", reason
     if passages is None:
-        return "known", f"the same text is in collection {collection!r} already"
+        same = older == [documents.identity(text)] or not older
+        return "known" if same else "changed", f"the same text is in collection {collection!r} already"
     return "changed" if older else "added", f"{passages:,} passages"
 
 
@@ -73,9 +74,9 @@ def add(
     results: list[dict[str, str]] = []
 
     def tell(path: Path, status: str, detail: str) -> None:
-        results.append({"path": str(path), "status": status, "detail": detail})
+        results.append({"path": path_name(path), "status": status, "detail": detail})
         if not json:
-            (c.err if status == "failed" else c.out).print(f"{status}: {path}: {detail}", markup=False)
+            (c.err if status == "failed" else c.out).print(f"{status}: {path_name(path)}: {detail}", markup=False)
 
     async def work() -> None:
         async with c.Opened(db=db, model=model) as assistant:
@@ -142,26 +143,26 @@ def remove(
 
     A file that could not be added is forgotten.
     """
-    path = str(Path(name).resolve())
+    path = path_name(Path(name).resolve())
     with c.database(db) as database:
         documents = Documents(database)
-        failed = [known for known, _, _ in documents.failures() if known in (path, name) or Path(known).name == name]
-        named = path if any(d.path == path for d in documents.all(collection)) else name
-        try:
-            found = documents.find(named, collection)
-        except BadInput:
-            if not failed:
-                raise
-            found = None
+        known = [failed for failed, _, _ in documents.failures()]
+        here = [d for d in documents.all(collection) if d.path == path or name in (d.path, d.name)]
+        failed = [failure for failure in known if failure == path]
+        if not here and not failed:
+            failed = [failure for failure in known if Path(failure).name == name]
+        found = None
+        if here or len(failed) != 1:
+            found = documents.find(path if any(d.path == path for d in here) else name, collection)
 
         def change(tables: Tables) -> None:
             if found is not None:
                 documents.remove(tables, found.id, collection)
-            for known in failed:
-                documents.forget(tables, known)
+            for failure in failed:
+                documents.forget(tables, failure)
 
         database.write(change)
     if found is not None:
         c.out.print(f"removed {found.name} ({found.passages:,} passages) from collection {collection}", markup=False)
-    for known in failed:
-        c.out.print(f"forgot {known}, which could not be added", markup=False)
+    for failure in failed:
+        c.out.print(f"forgot {failure}, which could not be added", markup=False)

@@ -19,6 +19,7 @@ def run(db: c.Db = None, json: c.Json = False) -> None:
     """What this machine has, which choices follow, and whether everything is sound."""
     import torch
 
+    from longstride.engine import native
     from longstride.engine.model import DTYPES, choose_device, choose_dtype
 
     settings = load_settings(**c.given(db=db))
@@ -29,6 +30,7 @@ def run(db: c.Db = None, json: c.Json = False) -> None:
         "sqlite": sqlite3.sqlite_version,
         **package_versions("torch", "transformers", "peft", "bm25s", "sqlite-utils"),
         "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "compiled layer": "there" if native.LIBRARY is not None else "not built (torch's operations are used)",
         "device": str(device),
         "dtype": next(name for name, kind in DTYPES.items() if kind == dtype),
         "cache": str(cache_folder()),

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from longstride.cli import common as c
 from longstride.errors import BadInput
 from longstride.scheduler.answer import ReadReport
-from longstride.scheduler.convert import text_of
+from longstride.scheduler.convert import path_name, text_of
 
 if TYPE_CHECKING:
     from longstride.scheduler.core import Also
@@ -80,7 +80,7 @@ class Reading:
                 ids = await asyncio.to_thread(self.session.core.model.tokenizer.encode, text)
                 await self._feed(ids, None)
             return
-        left = await self.session.unread(source.text, str(source.path), again=self.again)
+        left = await self.session.unread(source.text, path_name(source.path), again=self.again)
         if left.changed:
             self._say(f"{source.name} is not as it was when it was read last; reading it from its beginning")
         elif left.known and left.ids:

@@ -39,8 +39,6 @@ def run(
             if session is None and await assistant.has_session(name):
                 await assistant.remove_session(name)  # an earlier summary of the same file, not the user's own session
             changes = c.given(context_tokens=context_tokens)
-            if not await assistant.has_session(name):
-                changes["window"] = "sinks"
             opened = await assistant.session(name, **changes)
             with c.reading_bar() as bar:
                 total = len(assistant.model.tokenizer.encode(text))

@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Annotated
+from unicodedata import category
 
 import typer
 
@@ -139,12 +140,14 @@ def show(
     job = found[0]
     c.out.print(f"{_harmless(job.topic)}, received {job.received_at}, {len(job.payload):,} bytes", markup=False)
     c.out.print(f"{job.reason}, {job.attempts} attempts\n", markup=False)
-    c.out.print(_harmless(job.payload.decode(errors="replace")), markup=False)
+    text = job.payload.decode(errors="replace").replace("\r\n", "\n")
+    c.out.print(_harmless(text, keep="\n\t"), markup=False)
 
 
-def _harmless(text: str) -> str:
-    """A sender chose it; it must not steer the terminal."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
+def _harmless(text: str, keep: str = "") -> str:
+    """A sender chose it; it must not steer the terminal, nor break a line but by what is kept."""
+    steering = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join("?" if category(sign) in steering and sign not in keep else sign for sign in text)
 
 
 def _none_such(number: int) -> str:

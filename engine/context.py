@@ -160,7 +160,13 @@ class Context:
     # --- edits ---
 
     def append(self, ids: Sequence[int]) -> None:
-        """Add text tokens at the end. Raises `ContextFull` if they do not fit; nothing is changed then."""
+        """Add text tokens at the end. Raises `ContextFull` if they do not fit; nothing is changed then.
+
+        Where a window decides what stays of them, they follow no segment but in a turn: its rows have seen what the
+        window may now have out of view.
+        """
+        if self.window is not None and self.turn is None and self.segment:
+            raise ValueError("a segment goes before a text goes on that a window decides on")
         if len(ids) > self.room:
             raise ContextFull(
                 f"{len(ids)} tokens do not fit: {len(self.text)} of {self.limit - self.reserved} are used "

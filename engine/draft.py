@@ -6,7 +6,7 @@ are written: how often a match of a given length was right, drafted or not, so a
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -151,10 +151,16 @@ class Drafter:
         self.view = History([i for piece in pieces for i in (*piece, GAP)])
 
     def propose(
-        self, tail: Sequence[int], depth: int, fixed: float, slope: float, *, most: int = MOST_NODES, beside: int = 0
+        self,
+        tail: Sequence[int],
+        depth: int,
+        cost: Callable[[int], float],
+        *,
+        most: int = MOST_NODES,
+        beside: int = 0,
     ) -> Draft:
         """What may follow `tail`: at most `depth` tokens deep and `most` in all, as many as make the expected tokens a
-        second largest, where a forward takes `fixed` and `slope` for each drafted token, and brings a token to `beside`
+        second largest, where a forward with so many drafted tokens takes `cost` (convex) and brings a token to `beside`
         other texts. A draft without nodes: it does not pay.
         """
         self.said.extend(self._new)
@@ -189,12 +195,12 @@ class Drafter:
                 break
             node = heapq.heappop(waiting)[2]
             # the next most probable token; when it is not worth its cost, none of the others is
-            cost = fixed + slope * len(taken)
-            if node.probability < LEAST or node.probability * cost <= expected * slope:
+            now, then = cost(len(taken)), cost(len(taken) + 1)
+            if node.probability < LEAST or node.probability * now <= expected * (then - now):
                 break
             taken.append(node)
             expected += node.probability
-        if expected * fixed < GAIN * (1.0 + beside) * (fixed + slope * len(taken)):
+        if expected * cost(0) < GAIN * (1.0 + beside) * cost(len(taken)):
             taken = []
         return Draft(root, ordered(root, taken), match)
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from longstride.engine import native
 from longstride.engine.adapter import Adapter
 from longstride.engine.attention import attend
 from longstride.engine.cache import LayerShape
@@ -79,11 +80,11 @@ def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
     What it computes stays the same up to rounding. Unusual layers are left as they are. Returns the products that
     adapters can act on, by the paths of the layers they stand for.
     """
-    signed = _Signed()
+    signed, step = _Signed(), native.Step()
     products: dict[str, Product] = {}
 
     def replace(path: str, layers: nn.ModuleList, at: int) -> None:
-        block = Block(layers[at], signed, f"{path}.{at}", adapted)
+        block = Block(layers[at], signed, f"{path}.{at}", adapted, step)
         if _agree(layers[at], block, model.dtype, model.device):
             layers[at] = block
             products.update({part: product for product in block.products for part in product.sizes})
@@ -112,9 +113,10 @@ def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
 class Block(nn.Module):
     """One layer: hidden [1, T, h] -> [1, T, h], as transformers' decoder layers are called."""
 
-    def __init__(self, layer: Any, signed: "_Signed", path: str, adapted: Adapted) -> None:
+    def __init__(self, layer: Any, signed: "_Signed", path: str, adapted: Adapted, step: native.Step) -> None:
         super().__init__()
         self.signed = signed
+        self.adapted = adapted
         attention, mlp = layer.self_attn, layer.mlp
 
         def product(*names: str) -> Product:
@@ -133,6 +135,16 @@ class Block(nn.Module):
         self.activation: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn.forward
         self.norm_in = _norm(layer.input_layernorm)
         self.norm_mlp = _norm(layer.post_attention_layernorm)
+        self.native = self._native(layer, step)
+
+    def _native(self, layer: Any, step: native.Step) -> native.NativeLayer | None:
+        """The same layer compiled, if it is of the kind that is."""
+        norms = [_rms(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        runs = [product.run for product in self.products]
+        shape = LayerShape(self.kv_heads, self.head_size, self.head_size)
+        if not _is_silu(self.activation):
+            return None
+        return native.layer(step, self.index, shape, self.heads, self.scaling, norms, runs)
 
     def forward(
         self,
@@ -144,10 +156,12 @@ class Block(nn.Module):
         **_extra: object,
     ) -> torch.Tensor:
         """See the class. `position_embeddings`: cosines and sines [1, T, head size]."""
+        cos, sin = position_embeddings
+        if self.native is not None and shapes is None and not self.adapted.spans:
+            return self.native(hidden, cos, sin, plan)
         x = hidden[0]
         heads = self.qkv(self.norm_in(x)).view(x.shape[0], -1, self.head_size).transpose(0, 1)
         rotated, value = torch.split(heads, [self.heads + self.kv_heads, self.kv_heads])
-        cos, sin = position_embeddings
         # x1 cos - x2 sin, x2 cos + x1 sin, for the halves x1 and x2
         rotated = torch.addcmul(rotated * cos, rotated.roll(self.head_size // 2, -1), self.signed(sin))
         query, key = torch.split(rotated, [self.heads, self.kv_heads])
@@ -169,6 +183,11 @@ class _Signed:
             first, second = sin.chunk(2, -1)
             held = self._held = (sin, torch.cat((-first, second), -1))
         return held[1]
+
+
+def _is_silu(activation: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    probe = torch.linspace(-20, 20, 101)  # by what it does: every family has a class of its own for it
+    return torch.equal(activation(probe), functional.silu(probe))
 
 
 def _has_known_parts(layer: nn.Module) -> bool:
@@ -237,6 +256,8 @@ def _linear(weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> L
     if not _packs(weight):
         return lambda x: functional.linear(x, weight, bias)
     weight = weight.contiguous()
+    if native.takes(weight) and fits_half(weight):
+        return native.Half(weight, bias)
     if "fbgemm" in torch.backends.quantized.supported_engines and fits_half(weight):
         # fp16 weights, fp32 inputs and sums: half the bytes to stream for a decode step
         half = torch.ops.quantized.linear_prepack_fp16(weight, bias)
@@ -259,9 +280,14 @@ class _Layer(nn.Module):
         return self.product(x)
 
 
+def _rms(layer: Any) -> tuple[torch.Tensor, float]:
+    """The weight and the epsilon of an RMS norm."""
+    return layer.weight.detach(), getattr(layer, "variance_epsilon", 1e-6)
+
+
 def _norm(layer: Any) -> Linear:
     """RMS norm [T, h]. In fp32 as five small operations: torch's own takes three times as long for one row."""
-    weight, epsilon = layer.weight.detach(), getattr(layer, "variance_epsilon", 1e-6)
+    weight, epsilon = _rms(layer)
     if weight.dtype != torch.float32:
         return lambda x: functional.rms_norm(x, weight.shape, weight, epsilon)
     offset = weight.new_tensor([[epsilon]])

@@ -54,12 +54,10 @@ class Decoding:
         context, cache = self.sequence.context, self.sequence.cache
         texts, rows = self.sequence.company
         # what is due besides the last token is computed anyway: a drafted token saves a step, not a part of this one
-        fixed, slope = costs.linear(1 + rows, context.rows)
         self.proposal = self.drafter.propose(
             context.text[-WINDOW:],
             max(0, min(depth, DEEPEST, context.room - 1)),
-            fixed,
-            slope,
+            costs.curve(1 + rows, context.rows),
             most=cache.limit - context.rows,
             beside=texts,
         )

@@ -10,7 +10,7 @@ from longstride import Assistant
 async def main(file: str, question: str, db: str = "example.db") -> None:
     """One session a file; run it again and it goes on from its snapshot."""
     async with Assistant.open(db, max_tokens=32) as assistant:
-        session = await assistant.session(Path(file).name, window="sinks")
+        session = await assistant.session(Path(file).name)
         if not session.tokens:
             report = await session.feed(Path(file).read_text(encoding="utf-8"))
             print(f"read {report.tokens} tokens in {report.seconds:.1f} s")

@@ -193,7 +193,8 @@ class Assistant:
         self, name: str, text: str, path: str | None = None, collection: str = DEFAULT
     ) -> int | None:
         """Put a document into a collection, for retrieval; returns its passages, or None if the same text is there
-        already. One that was added from the same `path` is an older version of it, and goes.
+        already (it goes by this name and path then). One that was added from the same `path` is an older version of it,
+        and goes.
 
         Raises `BadInput` for a text without words and for a collection that cannot have this name.
         """
@@ -202,7 +203,8 @@ class Assistant:
             raise BadInput("the file is empty" if not text else "the file holds no text")
         id_ = self.documents.identity(text)
         if await asyncio.to_thread(self.documents.exists, id_, collection):
-            await self.database.awrite(lambda tables: self.documents.replace(tables, id_, path, collection))
+            if path is not None:
+                await self.database.awrite(lambda t: self.documents.found_at(t, id_, name, path, collection))
             return None
         spans = await asyncio.to_thread(split_text, text, self.model.tokenizer, self.settings.passage_tokens)
         try:

@@ -2,6 +2,7 @@
 
 import codecs
 import logging
+import os
 import re
 import warnings
 from pathlib import Path
@@ -35,6 +36,11 @@ def text_of(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\x00", "")
 
 
+def path_name(path: Path) -> str:
+    """A path as text, also one whose bytes are not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def decode(data: bytes) -> str:
     """Text in UTF-8 or UTF-16 (with its mark), else in Western European single bytes. Binary data is refused."""
     for mark, encoding in _BOMS:
@@ -47,8 +53,11 @@ def decode(data: bytes) -> str:
         raise BadInput("is a binary file, not text")
     try:
         text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        text = data.decode("cp1252", errors="replace")
+    except UnicodeDecodeError as error:
+        # the last character of a file that is being written may be there in part; it is UTF-8 if others before it are
+        before = data[: error.start]
+        cut = error.reason == "unexpected end of data" and not before.isascii()
+        text = before.decode("utf-8") if cut else data.decode("cp1252", errors="replace")
     sample = text[:65536]
     strange = sum(1 for c in sample if (ord(c) < 32 and c not in "\t\n\r\f\x1b") or c == "�")
     if strange > len(sample) // 50:

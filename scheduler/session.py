@@ -210,6 +210,8 @@ class Session:
                     f"{self.sequence.context.limit} of its context ({self.headroom} kept for answers); read less, or "
                     "slide the window with --window sinks (what leaves it stays retrievable)"
                 )
+            if notes_every is not None and ids and self.tokens and self.tokens % notes_every == 0:
+                report.notes += await self._missing_note()
             at = 0
             while at < len(ids):
                 # the window slides when the next token does not fit, however the text was cut: what a session sees
@@ -229,6 +231,13 @@ class Session:
             report.encoded = self.sequence.computed - before
         report.seconds = time.perf_counter() - started
         return report
+
+    async def _missing_note(self) -> list[Note]:
+        """The note that is due here, if a reading that was broken off has left it out."""
+        sessions, tokens = self.core.sessions, self.tokens
+        if await sessions.database.aread(lambda tables: sessions.has_answer(tables, self.id, "note", tokens)):
+            return []
+        return [Note(tokens, await notes.note(self))]
 
     async def _make_room(self, needed: int) -> int:
         """Slide the window if `needed` tokens do not fit; returns how often it slid (0 or 1)."""

@@ -227,5 +227,6 @@ def _sentence(error: ValidationError, origin: Callable[[str], str] = lambda _nam
         # a secret must not be shown, nor what was meant for one and misspelt
         value = "" if unknown or "password" in name else f" {item['input']!r}"
         from_ = origin(str(item["loc"][0])) if item["loc"] else ""
-        parts.append(f"{name}: {what}" + (f" (got{value}{from_})" if value or from_ else ""))
+        got = f"got{value}" if value else ""
+        parts.append(f"{name}: {what}" + (f" ({got}{from_})".replace("( ", "(") if got or from_ else ""))
     return "; ".join(parts)

@@ -29,10 +29,15 @@ class Bookmarks:
 
     def get(self, session_id: int, name: str) -> Bookmark | None:
         """A session's bookmark in the text called `name`. Raises `StorageError` if one of its bookmarks is damaged."""
+        return self.database.read(lambda tables: self.at(tables, session_id, name))
+
+    @staticmethod
+    def at(tables: Tables, session_id: int, name: str) -> Bookmark | None:
+        """`get`, inside the caller's transaction."""
         found = None
-        for row in self._rows("where session_id = ?", [session_id]):
+        for row in _rows(tables, session_id):
             if not _sound(row):
-                raise StorageError(f"{_damaged(row)}; `longstride read --again` does without it")
+                raise StorageError(f"{_damaged(tables, row)}; `longstride read --again` does without it")
             if row[1] == name:
                 found = Bookmark(*row[2:5])
         return found
@@ -42,22 +47,35 @@ class Bookmarks:
         """Set a bookmark, inside the caller's transaction."""
         row = [session_id, name, bookmark.characters, bookmark.tokens, bookmark.digest]
         tables.conn.execute(
-            "insert or replace into bookmarks values (?, ?, ?, ?, ?, ?)",
-            [*row, checksum("bookmark", *row)],
+            "insert or replace into bookmarks values (?, ?, ?, ?, ?, ?)", [*row, checksum("bookmark", *row)]
         )
+
+    @staticmethod
+    def mend(tables: Tables, session_id: int) -> None:
+        """Remove a session's damaged bookmarks, inside the caller's transaction."""
+        for row in _rows(tables, session_id):
+            if not _sound(row):
+                tables.conn.execute("delete from bookmarks where session_id = ? and name is ?", [session_id, row[1]])
 
     def verify(self) -> list[str]:
         """What is damaged, a sentence each."""
-        return [_damaged(row) for row in self._rows() if not _sound(row)]
 
-    def _rows(self, which: str = "", values: list[int] | None = None) -> list[tuple[Any, ...]]:
-        query = f"select {COLUMNS} from bookmarks {which}"  # noqa: S608
-        return self.database.read(lambda tables: tables.conn.execute(query, values or []).fetchall())
+        def check(tables: Tables) -> list[str]:
+            return [_damaged(tables, row) for row in _rows(tables) if not _sound(row)]
+
+        return self.database.read(check)
+
+
+def _rows(tables: Tables, session_id: int | None = None) -> list[tuple[Any, ...]]:
+    query = f"select {COLUMNS} from bookmarks where ?1 is null or session_id = ?1"  # noqa: S608
+    return tables.conn.execute(query, [session_id]).fetchall()
 
 
 def _sound(row: tuple[Any, ...]) -> bool:
     return bool(checksum("bookmark", *row[:-1]) == row[-1])
 
 
-def _damaged(row: tuple[Any, ...]) -> str:
-    return f"how far {row[1]!r} was read into session number {row[0]} is not what was stored"
+def _damaged(tables: Tables, row: tuple[Any, ...]) -> str:
+    session = tables.conn.execute("select name from sessions where id = ?", [row[0]]).fetchone()
+    whose = "a session that is not there" if session is None else f"session {session[0]!r}"
+    return f"how far {row[1]!r} was read into {whose} is not what was stored"

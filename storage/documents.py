@@ -102,8 +102,8 @@ class Documents:
         One of the same path there is an older version of it, and goes. A text that another collection holds keeps the
         passages it has.
         """
-        self.replace(tables, self.identity(text), path, collection)
         id_ = self.identity(text)
+        self.replace(tables, id_, path, collection)
         known = tables.conn.execute("select id from collections where document_id = ?", [id_]).fetchall()
         for (membership,) in known:
             self._check(tables, membership)  # or what is damaged would become right by what follows
@@ -116,13 +116,17 @@ class Documents:
             "insert into collections (collection, document_id, name, path, added_at) values (?, ?, ?, ?, ?)",
             [collection, id_, name, path, now()],
         )
-        membership = int(added.lastrowid or 0)
-        seal = checksum("document", *_sealed(tables, membership))
-        tables.conn.execute("update collections set checksum = ? where id = ?", [seal, membership])
+        self._seal(tables, int(added.lastrowid or 0))
         if path is not None:
             self.forget(tables, path)
         rows = tables.conn.execute("select id from passages where document_id = ? order by id", [id_])
         return [int(row[0]) for row in rows.fetchall()]
+
+    @staticmethod
+    def _seal(tables: Tables, membership: int) -> None:
+        """Give a row that was written in this transaction its checksum."""
+        seal = checksum("document", *_sealed(tables, membership))
+        tables.conn.execute("update collections set checksum = ? where id = ?", [seal, membership])
 
     @staticmethod
     def versions(tables: Tables, path: str | None, collection: str = DEFAULT) -> list[str]:
@@ -135,6 +139,17 @@ class Documents:
         for older in self.versions(tables, path, collection):
             if older != id_:
                 self.remove(tables, older, collection)
+
+    def found_at(self, tables: Tables, id_: str, name: str, path: str, collection: str) -> None:
+        """A collection's document is also what stands at `path`, inside the caller's transaction: an older version that
+        was there goes, and the document is called so from now on, as its former path may hold something else."""
+        self.replace(tables, id_, path, collection)
+        query = "select id from collections where document_id = ? and collection = ?"
+        for (membership,) in tables.conn.execute(query, [id_, collection]).fetchall():
+            self._check(tables, membership)
+            tables.conn.execute("update collections set name = ?, path = ? where id = ?", [name, path, membership])
+            self._seal(tables, membership)
+        self.forget(tables, path)
 
     def fail(self, tables: Tables, path: str, reason: str) -> None:
         """Record a file that could not be added."""
@@ -165,10 +180,7 @@ class Documents:
         return [StoredDocument(*row) for row in rows]
 
     def find(self, name: str, collection: str = DEFAULT) -> StoredDocument:
-        """A collection's document by path, by name or by the beginning of its id; `BadInput` when there is none or
-
-        several.
-        """
+        """A collection's document by path, name or beginning of its id; `BadInput` when there is none or several."""
         documents = self.all(collection)
         found = [d for d in documents if d.path == name] or [
             d for d in documents if d.name == name or (len(name) >= 6 and d.id.startswith(name))

@@ -42,6 +42,8 @@ def fresh_model(kind: str, **extra):
             # the default initialisation is so small that every context would give the same logits
             if parameter.dim() > 1:
                 parameter.mul_(4)
+            if kind == "llama":
+                parameter.data = parameter.data.half().float()  # its layers are the compiled ones then, others' are not
     return model
 
 

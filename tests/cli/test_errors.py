@@ -197,10 +197,26 @@ def test_a_file_that_could_not_be_added_can_be_forgotten(folder):
     assert_refused(longstride(folder, "docs", "remove", "broken.pdf"), "no document named")
 
 
+def test_a_name_of_several_documents_removes_none_and_forgets_nothing(folder):
+    with Database(folder / "longstride.db") as database:
+        documents = Documents(database)
+        for number in "ab":
+            database.write(lambda t, n=number: documents.add(t, "n.txt", f"/{n}/n.txt", f"text {n}", [(0, 4)]))
+        database.write(lambda tables: documents.fail(tables, "/c/n.txt", "is a damaged PDF"))
+    assert_refused(longstride(folder, "docs", "remove", "n.txt"), "2 documents named")
+    listed = longstride(folder, "docs", "list").out
+    assert all(path in listed for path in ("/a/n.txt", "/b/n.txt", "/c/n.txt"))
+    assert longstride(folder, "docs", "remove", "/a/n.txt").code == 0
+    assert longstride(folder, "docs", "remove", "n.txt").out.startswith("removed n.txt")
+    assert longstride(folder, "docs", "remove", "n.txt").out.startswith("forgot /c/n.txt")
+
+
 def test_doctor_reports_in_json_and_by_its_exit_code(folder):
     outcome = longstride(folder, "doctor", "--json")
     report = json.loads(outcome.out)
-    assert {"python", "sqlite", "torch", "device", "dtype", "database", "free disk"} <= set(report["facts"])
+    assert {"python", "sqlite", "torch", "compiled layer", "device", "dtype", "database", "free disk"} <= set(
+        report["facts"]
+    )
     assert outcome.code == (1 if report["problems"] else 0)
     assert outcome.err == ""
     unsound = longstride(folder, "doctor", "--json", "--db", "notes.txt")

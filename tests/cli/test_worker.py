@@ -49,12 +49,13 @@ def test_the_dead_are_listed_retried_and_dropped(folder):
 def test_what_a_sender_wrote_does_not_steer_the_terminal(folder):
     database = Database(folder / "longstride.db")
     jobs = Jobs(database)
-    job = Job("k", "s", "feed", "longstride/sessions/\x1b[2J/feed", b"one\n\x1b]0;title\x07two\xff")
+    job = Job("k", "s", "feed", "longstride/sessions/\x1b[2J\n9  forged/feed", b"one\n\x1b]0;title\x07two\xff")
     database.write(lambda tables: jobs.receive(tables, job, "bad"))
     database.close()
     number = str(numbers(folder)[-1])
     for arguments in (["list"], ["show", number]):
         assert "\x1b" not in longstride(folder, "worker", "dead", *arguments).out
+    assert len(longstride(folder, "worker", "dead", "list").out.splitlines()) == 4
     shown = longstride(folder, "worker", "dead", "show", number).out
     assert "one\n?]0;title?two\N{REPLACEMENT CHARACTER}\n" in shown
     assert_refused(longstride(folder, "worker", "dead", "show", "99"), "no dead message has the number 99")

@@ -8,8 +8,14 @@ from longstride.engine.costs import StepCosts
 from longstride.engine.draft import Drafter, Rates
 from longstride.engine.history import GAP
 
-CHEAP = (1.0, 0.01)  # a drafted token costs a hundredth of a forward
-DEAR = (1.0, 1.0)
+
+def line(fixed, slope):
+    """The cost of so many drafted tokens."""
+    return lambda further: fixed + slope * further
+
+
+CHEAP = line(1.0, 0.01)  # a drafted token costs a hundredth of a forward
+DEAR = line(1.0, 1.0)
 
 
 def paths(draft):
@@ -28,7 +34,7 @@ def test_a_long_match_is_drafted_to_the_depth_asked_for():
     drafter = Drafter()
     drafter.read.extend(range(100))
     drafter.begin([200, 201])
-    draft = drafter.propose(range(20, 50), 12, *CHEAP)
+    draft = drafter.propose(range(20, 50), 12, CHEAP)
     assert paths(draft)[-1] == list(range(50, 62))
     assert [node.row for node in draft.nodes] == list(range(len(draft.nodes)))
 
@@ -39,35 +45,46 @@ def test_a_tree_holds_several_continuations_and_a_single_branch_one():
     for branches in (True, False):
         drafter = Drafter(branches=branches)
         drafter.read.extend(texts)
-        both[branches] = paths(drafter.propose([1, 2], 4, *CHEAP))
+        both[branches] = paths(drafter.propose([1, 2], 4, CHEAP))
     assert {tuple(p) for p in both[True]} >= {(3,), (3, 4), (7,), (7, 8), (9,)}
     assert both[True][0] == [3]  # the most frequent first
     assert both[False] == [[3], [3, 4]]
 
 
 def test_nothing_is_drafted_where_it_does_not_pay():
-    def drafted(tail, depth, *cost, **others):
+    def drafted(tail, depth, cost, **others):
         drafter = Drafter()
         drafter.read.extend(range(100))
-        return len(drafter.propose(tail, depth, *cost, **others).nodes)
+        return len(drafter.propose(tail, depth, cost, **others).nodes)
 
-    assert drafted(range(20, 50), 12, *CHEAP) == 12
-    assert drafted(range(20, 50), 12, *DEAR) == 0
-    assert drafted(range(20, 50), 0, *CHEAP) == 0
-    assert drafted([500, 501], 12, *CHEAP) == 0
-    assert drafted(range(20, 50), 12, *CHEAP, most=5) == 5
+    assert drafted(range(20, 50), 12, CHEAP) == 12
+    assert drafted(range(20, 50), 12, DEAR) == 0
+    assert drafted(range(20, 50), 0, CHEAP) == 0
+    assert drafted([500, 501], 12, CHEAP) == 0
+    assert drafted(range(20, 50), 12, CHEAP, most=5) == 5
     # others get a token of the same forward: what slows them must bring more
-    assert 0 < drafted([1, 2, 3], 30, 1.4, 0.05, beside=4) < drafted([1, 2, 3], 30, 1.0, 0.05)
+    assert 0 < drafted([1, 2, 3], 30, line(1.4, 0.05), beside=4) < drafted([1, 2, 3], 30, line(1.0, 0.05))
+
+
+def test_tokens_that_cost_nothing_are_drafted_as_soon_as_they_may_be_right():
+    """The first rows of a forward come with the one that is due (a convex cost)."""
+
+    def drafted(cost):
+        drafter = Drafter()
+        drafter.read.extend([*[1, 2, 3, 4, GAP] * 3, *[1, 2, 7, 8, GAP] * 2, 1, 2, 9, GAP])
+        return len(drafter.propose([1, 2], 4, cost).nodes)
+
+    assert drafted(lambda further: max(further, 3)) >= 3 > drafted(lambda further: 3 + further)
 
 
 def test_drafts_stop_when_they_are_wrong_and_come_back_when_they_would_be_right():
     """What was not drafted is watched as well, so finding out costs no forward."""
     drafter = Drafter()
     drafter.read.extend(list(range(100)) * 2)
-    cost = (1.0, 0.3)
+    cost = line(1.0, 0.3)
 
     def step(tail, token):
-        draft = drafter.propose(tail, 1, *cost)
+        draft = drafter.propose(tail, 1, cost)
         drafter.observe(draft.root, token)
         return bool(draft.nodes)
 
@@ -83,16 +100,16 @@ def test_a_new_question_follows_no_lead_of_the_last():
     drafter = Drafter()
     drafter.read.extend(range(100))
     drafter.begin([200])
-    drafter.propose(range(20, 50), 12, *CHEAP)
+    drafter.propose(range(20, 50), 12, CHEAP)
     assert drafter.leads
     drafter.begin([201])
-    assert drafter.propose([201], 12, *CHEAP).nodes == []
+    assert drafter.propose([201], 12, CHEAP).nodes == []
 
 
 def test_even_where_rows_cost_nothing_an_improbable_token_is_not_drafted():
     drafter = Drafter()
     drafter.read.extend([1, *range(500, 600)])
-    nodes = drafter.propose([1], 40, 1.0, 0.0).nodes
+    nodes = drafter.propose([1], 40, line(1.0, 0.0)).nodes
     assert nodes
     assert all(node.probability >= 0.02 for node in nodes)
     assert len(nodes) < 40
@@ -105,9 +122,9 @@ def test_a_lead_is_followed_over_a_difference():
     drafter.read.extend([*line, GAP])
     drafter.begin([])
     tail = line[:4]
-    drafter.propose(tail, 8, *CHEAP)
+    drafter.propose(tail, 8, CHEAP)
     drafter.say(2)  # not 1
-    draft = drafter.propose([*tail, 2], 8, *CHEAP)
+    draft = drafter.propose([*tail, 2], 8, CHEAP)
     assert paths(draft)[-1] == [60, 61, 62, 63, 64]
 
 
@@ -115,9 +132,9 @@ def test_the_passages_of_another_question_are_not_drafted_from():
     drafter = Drafter()
     drafter.begin([1])
     drafter.show([[70, 71, 72, 73]])
-    assert paths(drafter.propose([70, 71], 4, *CHEAP))[-1] == [72, 73]
+    assert paths(drafter.propose([70, 71], 4, CHEAP))[-1] == [72, 73]
     drafter.begin([2])
-    assert drafter.propose([70, 71], 4, *CHEAP).nodes == []
+    assert drafter.propose([70, 71], 4, CHEAP).nodes == []
 
 
 def test_what_is_kept_of_answers_is_bounded(monkeypatch):
@@ -126,9 +143,9 @@ def test_what_is_kept_of_answers_is_bounded(monkeypatch):
     for i in range(50):
         drafter.begin(range(1000 * i, 1000 * i + 20))
         drafter.say(7)
-    drafter.propose([1], 1, *CHEAP)
+    drafter.propose([1], 1, CHEAP)
     assert drafter.said.size <= 130
-    assert paths(drafter.propose([49_001, 49_002], 2, *CHEAP))[-1] == [49_003, 49_004]
+    assert paths(drafter.propose([49_001, 49_002], 2, CHEAP))[-1] == [49_003, 49_004]
 
 
 def test_rates_follow_what_is_seen():
@@ -152,11 +169,12 @@ def test_costs_are_learned_from_forwards(scale):
     rng = np.random.default_rng(0)
     for _ in range(300):
         rows, keys = int(rng.integers(1, 40)), int(rng.integers(50, 4000))
-        seconds = float(true @ [1, rows, keys / 1000, rows * keys / 1000])
+        seconds = float(true @ [1, max(rows, StepCosts.FREE), keys / 1000, rows * keys / 1000])
         costs.observe([Slice(None, [0] * rows, range(rows), keys - rows)], seconds * rng.uniform(0.9, 1.1))
-    fixed, slope = costs.linear(1, 2000)
-    assert fixed == pytest.approx(true @ [1, 1, 2, 2], rel=0.1)
-    assert slope == pytest.approx(true @ [0, 1, 0, 2], rel=0.15)
+    cost = costs.curve(1, 2000)
+    assert cost(0) == pytest.approx(true @ [1, StepCosts.FREE, 2, 2], rel=0.1)
+    assert cost(11) - cost(10) == pytest.approx(true @ [0, 1, 0, 2], rel=0.15)
+    assert cost(1) - cost(0) == pytest.approx(true @ [0, 0, 0, 2], rel=0.3)
 
 
 def test_a_slow_beginning_is_forgotten():
@@ -164,9 +182,9 @@ def test_a_slow_beginning_is_forgotten():
     costs = StepCosts()
     for rows, seconds in ((40, 3.0), (40, 1.5), *[(1, 0.04)] * 80):
         costs.observe([Slice(None, [0] * rows, range(rows), 500)], seconds)
-    fixed, slope = costs.linear(1, 500)
-    assert fixed == pytest.approx(0.04, rel=0.1)
-    assert slope < 0.2 * fixed
+    cost = costs.curve(1, 500)
+    assert cost(0) == pytest.approx(0.04, rel=0.1)
+    assert cost(11) - cost(10) < 0.25 * cost(0)
 
 
 def test_one_slow_forward_does_not_change_what_is_known():
@@ -175,6 +193,6 @@ def test_one_slow_forward_does_not_change_what_is_known():
     for _ in range(50):
         costs.observe(piece, 0.030)
     costs.observe(piece, 30.0)
-    assert costs.linear(1, 500)[0] < 0.040
+    assert costs.curve(1, 500)(0) < 0.040
     costs.observe([Slice(None, [0] * 500, range(500), 0)], 2.0)  # a forward that reads says nothing
-    assert costs.linear(1, 500)[0] < 0.040
+    assert costs.curve(1, 500)(0) < 0.040

@@ -180,8 +180,8 @@ class Scripted(Drafter):
     def say(self, token):
         self.at += 1
 
-    def propose(self, tail, depth, fixed, slope, *, most, beside=0):
-        draft = super().propose(tail, 0, fixed, slope, most=most, beside=beside)
+    def propose(self, tail, depth, cost, *, most, beside=0):
+        draft = super().propose(tail, 0, cost, most=most, beside=beside)
         nodes, parent = [], draft.root
         for i, token in enumerate(self.script[self.at : self.at + min(depth, 6)]):
             if i == 1:

@@ -62,6 +62,10 @@ def seen_by(name, text, size):
     return torch.where(is_anchor, first == mine[0], others)
 
 
+# text that a window decides on does not follow a segment
+GOES_ON = precondition(lambda self: self.turn is not None or not self.pieces)
+
+
 class Windowed(Exactness):
     policy: str
 
@@ -87,6 +91,21 @@ class Windowed(Exactness):
         if not context.segment and context.settled == len(self.text):
             self.feed([7])  # the row that would be computed again may have left the view with its span
         return super().logits()
+
+    @GOES_ON
+    @rule(ids=st.lists(st.integers(0, 255), min_size=1, max_size=30))
+    def feed(self, ids):
+        super().feed(ids)
+
+    @GOES_ON
+    @rule(count=st.integers(1, 4))
+    def decode(self, count):
+        super().decode(count)
+
+    @GOES_ON
+    @rule(data=st.data(), nodes=st.integers(1, 10))
+    def speculate(self, data, nodes):
+        super().speculate(data, nodes)
 
     @rule(pieces=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=8), max_size=3))
     def rewrite(self, pieces):
@@ -167,6 +186,19 @@ def test_any_sequence_of_operations_is_exact(kind, placement, policy):
             print_blob=True,
         ),
     )
+
+
+def test_text_that_a_window_decides_on_follows_no_segment():
+    context = Context([1] * PROMPT, placement=Placement.END, limit=400, reserved=RESERVED, window=window("anchors"))
+    context.append([5] * 30)
+    context.rewrite([[1, 2]])
+    with pytest.raises(ValueError, match="a segment goes"):
+        context.append([7])
+    context.rewrite([])
+    context.append([7])
+    context.begin_turn()
+    context.rewrite([[1, 2]])
+    context.append([8])
 
 
 @pytest.mark.parametrize("policy", ["separators", "cascade", "anchors"])

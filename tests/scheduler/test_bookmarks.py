@@ -100,7 +100,12 @@ async def test_a_damaged_bookmark_is_named_and_goes_with_its_session(tmp_path, c
     if column != "session_id":  # it is another session's now, or none's
         with pytest.raises(StorageError, match="--again"):
             await read(tmp_path, TEXT)
-    assert (await read(tmp_path, TEXT, again=True))[0] == 2 * await encoded(tmp_path, TEXT)
+    ids = await encoded(tmp_path, TEXT)
+    assert (await read(tmp_path, TEXT, again=True))[0] == 2 * ids
+    if column != "session_id":
+        assert await read(tmp_path, TEXT) == (2 * ids, True, False)  # all is well again
+        with Database(tmp_path / "t.db") as database:
+            assert verify(database) == []
     async with opened(tmp_path) as assistant:
         await assistant.remove_session("s")
     rows = sqlite3.connect(tmp_path / "t.db").execute("select count(*) from bookmarks").fetchone()
@@ -117,3 +122,34 @@ async def test_one_that_cannot_be_set_leaves_nothing_read(tmp_path):
         with pytest.raises(LongstrideError):
             await session.feed_ids(left.ids, also=left.also)
         assert (await asyncio.to_thread(assistant.sessions.get, "s")).tokens == 0
+
+
+async def test_two_readers_of_one_text_do_not_read_it_twice(tmp_path):
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s")
+        reading = [session.feed(TEXT, bookmark="t") for _ in range(2)]
+        (refused,) = [r for r in await asyncio.gather(*reading, return_exceptions=True) if isinstance(r, Exception)]
+        assert isinstance(refused, StorageError)
+        assert "by another reader" in str(refused)
+        again = await assistant.session("s")
+        assert again.tokens == len(assistant.model.tokenizer.encode(TEXT))
+        assert (await again.feed(TEXT, bookmark="t")).tokens == 0
+
+
+async def test_a_note_that_was_left_out_is_written_when_the_reading_goes_on(tmp_path):
+    """The chunk is stored before the note on it is."""
+
+    def broken(_tokens):
+        raise Killed
+
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s")
+        with pytest.raises(Killed):
+            await session.feed(TEXT[:200], bookmark="t", notes_every=64, progress=broken)
+        assert session.tokens == 64
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s")
+        report = await session.feed(TEXT[:200], bookmark="t", notes_every=64)
+        assert [note.tokens for note in report.notes] == [64, 128, 192]
+        kinds = [answer["tokens"] for answer in assistant.sessions.answers(session.id, "note")]
+        assert kinds == [64, 128, 192]

@@ -376,10 +376,16 @@ def test_the_setting_comes_from_file_and_environment(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        ("ships", r"^collections: write a list as JSON, for example \[\"default\"\] \(got 'ships'\)$"),
+        (
+            "ships",
+            r"^collections: write a list as JSON, for example \[\"default\"\] \(got 'ships' from LONGSTRIDE_COL",
+        ),
         ('"ships"', r"^collections: input should be a valid list"),
-        ("[1]", r"^collections\.0: input should be a valid string \(got 1\)$"),
-        ('[""]', r"^collections\.0: a collection needs a name of 1 to 100 printable characters \(got ''\)$"),
+        ("[1]", r"^collections\.0: input should be a valid string \(got 1 from LONGSTRIDE_COL"),
+        (
+            '[""]',
+            r"^collections\.0: a collection needs a name of 1 to 100 printable characters \(got '' from LONGSTRIDE_COL",
+        ),
     ],
 )
 def test_a_wrong_list_is_refused_in_one_sentence(tmp_path, monkeypatch, value, why):

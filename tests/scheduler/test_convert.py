@@ -1,6 +1,8 @@
 """Files to text: encodings, HTML, PDF, and a reason for whatever cannot be read."""
 
+import os
 import re
+from pathlib import Path
 
 import pytest
 from fpdf import FPDF
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longstride.errors import BadInput
-from longstride.scheduler.convert import decode, text_of
+from longstride.scheduler.convert import decode, path_name, text_of
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 LATIN = "Ein Café am Fluß, à la façon de Zürich."
@@ -229,3 +231,17 @@ def test_a_damaged_pdf_gives_text_or_a_reason(damaged, share, value, cut):
         assert str(error)  # noqa: PT017 - either is right
     else:
         assert text.strip()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_that_is_there_in_part_is_left_for_later(cut):
+    """A file that is being written; another text in one byte a character is taken for what it is."""
+    whole = "Grüße 🐋".encode()
+    assert decode(whole[:-cut]) == "Grüße "
+    assert decode("Grüße é".encode("cp1252")) == "Grüße é"
+    assert decode("caf\xe9".encode("cp1252")) == "café"
+
+
+def test_a_path_that_is_not_utf_8_has_a_name():
+    assert path_name(Path(os.fsdecode(b"/a/caf\xe9.txt"))) == "/a/caf\\xe9.txt"
+    assert path_name(Path("/a/Grüße.txt")) == "/a/Grüße.txt"

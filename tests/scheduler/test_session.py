@@ -312,3 +312,8 @@ async def test_of_a_file_that_has_changed_the_new_version_is_found(tmp_path):
         await add("An anchor of lead.", "/b")
         assert await add("An anchor of gold.", "/b") is None  # the same text is there, and it is no lead any more
         assert [p.text for p in await assistant.search("anchor")] == ["An anchor of gold."]
+        # as a log is rotated: what was in /a is in /b now, and /a has another text
+        assert await add("An anchor of salt.", "/a") == 1
+        assert {p.text for p in await assistant.search("anchor")} == {"An anchor of gold.", "An anchor of salt."}
+        assert {d.path: d.name for d in assistant.documents.all()} == {"/a": "/a", "/b": "/b"}
+        assert assistant.documents.verify() == []
