@@ -33,13 +33,17 @@ class Sampling:
                 raise BadInput(message)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
-    """A chosen token, its probability under the distribution it was drawn from, and that distribution's entropy."""
+    """A chosen token, and the scores [vocabulary] it was chosen by (the logs of unnormalised probabilities)."""
 
     token: int
-    probability: float
-    entropy: float  # in nats
+    scores: torch.Tensor
+
+    @property
+    def probability(self) -> float:
+        """The token's, under the distribution that it was drawn from; computed only for those who ask."""
+        return float(torch.softmax(self.scores, dim=-1)[self.token])
 
 
 class Sampler:
@@ -96,10 +100,7 @@ class Sampler:
     def choose(self, logits: torch.Tensor, context: Sequence[int] = ()) -> Choice:
         """The next token for `logits` [vocabulary]."""
         scores = self.process(logits, context)
-        probabilities = self.distribution(scores)
         if self.sampling.temperature == 0:
-            token = int(scores.argmax())
-        else:
-            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
-        entropy = -float(torch.special.xlogy(probabilities, probabilities).sum())
-        return Choice(token, float(probabilities[token]), entropy)
+            return Choice(int(scores.argmax()), scores)
+        probabilities = self.distribution(scores)
+        return Choice(int(torch.multinomial(probabilities, 1, generator=self._generator)), probabilities.log())

@@ -5,9 +5,10 @@ A policy is asked after every generated token (a turn begins with a retrieval, u
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from longstride.engine.sampling import Choice
 from longstride.errors import BadInput
 
 
@@ -17,9 +18,8 @@ class Moment:
 
     since: int
     text: str  # generated since the last retrieval
-    probability: float  # of the last token
-    entropy: float  # of the last distribution, nats
-    query: Sequence[int]  # what a retrieval would ask with now
+    choice: Choice  # the last token
+    query: Callable[[], Sequence[int]]  # what a retrieval would ask with now
     last_query: Sequence[int]  # what the last one asked with
 
 
@@ -73,7 +73,7 @@ class LowConfidence(Policy):
     at_least: int = 4
 
     def due(self, moment: Moment) -> bool:
-        return moment.since >= self.at_least and moment.probability < self.threshold
+        return moment.since >= self.at_least and moment.choice.probability < self.threshold
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class QueryDrift(Policy):
 
     def due(self, moment: Moment) -> bool:
         old = set(moment.last_query)
-        return bool(old) and len(old & set(moment.query)) < self.overlap * len(old)
+        return bool(old) and len(old & set(moment.query())) < self.overlap * len(old)
 
 
 @dataclass(frozen=True)

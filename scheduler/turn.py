@@ -173,9 +173,8 @@ class Turn:
         return Moment(
             self._since,
             self.answer.text[self._since_at :],
-            choice.probability,
-            choice.entropy,
-            self._query(),
+            choice,
+            self._query,
             self._last_query,
         )
 
