@@ -5,6 +5,7 @@ It is built at installation where there is a compiler for it; without it everyth
 
 import ctypes
 import importlib.util
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from longstride.engine.cache import LayerShape
 PANEL = 16  # outputs side by side
 MOST_SIZE = 256  # of a head
 
+log = logging.getLogger("longstride")
 Pointer = ctypes.c_void_p
 
 
@@ -41,7 +43,11 @@ def _load() -> Any:
     spec = importlib.util.find_spec("longstride.engine._native")
     if spec is None or spec.origin is None or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
-    library = ctypes.CDLL(spec.origin)  # torch has loaded the OpenMP that it shares with this
+    try:
+        library = ctypes.CDLL(spec.origin)  # torch has loaded the OpenMP that it shares with this
+    except OSError as error:
+        log.warning("the compiled layer cannot be loaded (%s); torch's operations take its place, slower", error)
+        return None
     long, number = ctypes.c_long, ctypes.c_int
     library.longstride_product.argtypes = [Pointer, Pointer, Pointer, Pointer, long, long, long, number]
     library.longstride_scratch.argtypes = [Pointer, long, Pointer, number, number]

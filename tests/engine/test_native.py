@@ -22,6 +22,17 @@ def test_it_is_built_where_there_is_a_compiler_for_it():
         assert native.LIBRARY is not None
 
 
+def test_one_that_cannot_be_loaded_is_told_and_done_without(monkeypatch, caplog):
+    def refuse(_path):
+        raise OSError("undefined symbol: GOMP_parallel")
+
+    if native.LIBRARY is None:
+        pytest.skip("not built on this machine")
+    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
+    assert native._load() is None
+    assert "undefined symbol: GOMP_parallel" in caplog.text
+
+
 def halved(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).half().float()
 
