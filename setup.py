@@ -6,15 +6,21 @@ from setuptools import Extension, setup
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 
+# one build for each kind of processor that has something to gain from it; which one runs is decided when it is loaded
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
+BUILDS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "bf16": [*AVX512, "-mavx512bf16"]}
+
 setup(
     ext_modules=[
         Extension(
-            "longstride.engine._native",
-            ["engine/native.c"],
+            f"longstride.engine._native_{name}",
+            [f"engine/native_{name}.c"],
+            depends=["engine/native.h"],
             # OpenMP's functions are not linked: they are those of torch, so that both share one pool of threads
-            extra_compile_args=["-O3", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fvisibility=hidden"],
+            extra_compile_args=["-O3", *flags, "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing"],
             optional=True,  # without a compiler for it, torch's operations do the same
         )
+        for name, flags in BUILDS.items()
     ]
     if X86
     else []

@@ -16,16 +16,16 @@ from benchmarks.common import Row, plot, report, shipped_text
 from benchmarks.peers import LlamaCpp, plain_model
 from longstride.engine.context import Context, Placement
 from longstride.engine.fuse import fits_half
-from longstride.engine.model import Model, load_model
+from longstride.engine.model import CACHE, Model, load_model
 from longstride.engine.sequence import Sequence
 
 
-def ours(model: Model, ids: list[int]) -> tuple[Sequence, Callable[[int], float]]:
-    """A sequence that has read `ids`, and a function that computes n more tokens and forgets them: seconds."""
+def ours(model: Model, ids: list[int], length: int) -> Callable[[int], float]:
+    """After reading the first `length` of `ids`: a function that computes n more tokens and forgets them: seconds."""
     runner = model.runner
     context = Context(ids[:16], placement=Placement.END, limit=runner.max_positions, reserved=0)
     sequence = Sequence(runner, context, max_rows=runner.max_positions)
-    context.append(ids[16:])
+    context.append(ids[16:length])
     sequence.run(runner)
 
     def step(count: int) -> float:
@@ -36,26 +36,26 @@ def ours(model: Model, ids: list[int]) -> tuple[Sequence, Callable[[int], float]
             raise RuntimeError("nothing was due")
         logits[-1].argmax().item()
         seconds = time.perf_counter() - began
-        del context.text[len(ids) :]
-        sequence.cache.truncate(len(ids))
+        del context.text[length:]
+        sequence.cache.truncate(length)
         return seconds
 
-    return sequence, step
+    return step
 
 
-def theirs(model: Any, ids: list[int]) -> Callable[[int], float]:
+def theirs(model: Any, ids: list[int], length: int) -> Callable[[int], float]:
     """transformers with its DynamicCache and sdpa: the same function."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        for at in range(0, len(ids), 512):
-            model(input_ids=torch.tensor([ids[at : at + 512]]), past_key_values=cache, logits_to_keep=1)
+        for at in range(0, length, 512):
+            model(input_ids=torch.tensor([ids[at : min(at + 512, length)]]), logits_to_keep=1, **{CACHE: cache})
 
     @torch.inference_mode()
     def step(count: int) -> float:
         began = time.perf_counter()
-        out = model(input_ids=torch.tensor([ids[:count]]), past_key_values=cache, logits_to_keep=1)
+        out = model(input_ids=torch.tensor([ids[:count]]), logits_to_keep=1, **{CACHE: cache})
         out.logits[0, -1].argmax().item()
         seconds = time.perf_counter() - began
         cache.crop(-count)
@@ -114,9 +114,9 @@ def main() -> None:
     ratios: dict[str, float] = {}
     bounds: dict[str, Any] = {}
     for length in map(int, options.lengths.split(",")):
-        steps = {"ours": ours(model, ids[:length])[1], "transformers": theirs(plain, ids[:length])}
+        steps = {"ours": ours(model, ids, length), "transformers": theirs(plain, ids, length)}
         for name, llama in llamas.items():
-            steps[name] = llama.step(ids[:length])
+            steps[name] = llama.step(ids, length)
         for count in (1, 16, 144):
             made = {name: Row(name, {"length": f"{length} tokens", "new": count}, "ms a forward") for name in steps}
             for step in steps.values():
@@ -135,9 +135,9 @@ def main() -> None:
             for name, row in made.items():
                 began = time.perf_counter()
                 if name == "ours":
-                    ours(model, ids[: options.read])
+                    ours(model, ids, options.read)
                 else:
-                    theirs(plain, ids[: options.read])
+                    theirs(plain, ids, options.read)
                 row.runs.append(time.perf_counter() - began)
         rows += made.values()
         for name in list(made)[1:]:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from longstride.engine.context import Context, Placement
+from longstride.engine.model import CACHE
 from longstride.engine.pieces import MemoryPieces
 from longstride.engine.runner import ModelRunner
 from longstride.engine.sequence import Sequence
@@ -50,7 +51,7 @@ def prepend(model: Any, ids: list[int], steps: int) -> None:
     new = ids
     for _ in range(steps):
         given = torch.tensor([new], device=model.device)
-        out = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=given, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         new = [int(out.logits[0, -1].argmax())]
 
 

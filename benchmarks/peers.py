@@ -47,10 +47,10 @@ class LlamaCpp:
         seconds: list[float] = self._reply()["seconds"]
         return seconds
 
-    def step(self, ids: list[int]) -> Callable[[int], float]:
-        """Read `ids`; a function that computes n more tokens and forgets them: seconds."""
-        self.run(0, [ids])
-        return lambda count: self.run(len(ids), [ids[:count]])[0]
+    def step(self, ids: list[int], length: int) -> Callable[[int], float]:
+        """Read the first `length` of `ids`; a function that computes n more tokens and forgets them: seconds."""
+        self.run(0, [ids[:length]])
+        return lambda count: self.run(length, [ids[:count]])[0]
 
     def close(self) -> None:
         """End the process."""

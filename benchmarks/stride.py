@@ -16,7 +16,7 @@ import torch
 from benchmarks.common import Row, plot, report, shipped_text
 from benchmarks.peers import LlamaCpp, plain_model
 from longstride.engine.context import Context, Placement
-from longstride.engine.model import Model, load_model
+from longstride.engine.model import CACHE, Model, load_model
 from longstride.engine.pieces import MemoryPieces
 from longstride.engine.sequence import Sequence
 from longstride.scheduler.index import PassageIndex, scores
@@ -73,7 +73,7 @@ class Transformers:
         ids = [*self.corpus.passages[self.found], *self.corpus.ids[: self.at]]
         encoded = len(ids)
         for _ in range(tokens):
-            out = self.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1, **{CACHE: cache})
             out.logits[0, -1].argmax().item()
             ids = [self.corpus.ids[self.at]]
             self.at += 1

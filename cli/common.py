@@ -1,7 +1,6 @@
 """Options and helpers that commands share."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import json
 import signal
@@ -104,26 +103,36 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 async def arriving(items: Iterator[T]) -> AsyncGenerator[T, None]:
     """`items` as they come, made one ahead in a thread of their own: whoever waits for input can be cancelled, and a
     thread that still waits for it does not keep the process from its end."""
-    loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]](1)
+    loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
+    room, left = threading.Semaphore(), threading.Event()
+
+    def put(kind: str, what: Any) -> None:
+        room.acquire()
+        if not left.is_set():
+            loop.call_soon_threadsafe(arrived.put_nowait, (kind, what))
 
     def make() -> None:
-        def put(kind: str, what: Any) -> None:
-            asyncio.run_coroutine_threadsafe(arrived.put((kind, what)), loop).result()
-
-        with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens any more
             try:
                 for item in items:
                     put("item", item)
+                    if left.is_set():
+                        return
             except Exception as error:  # noqa: BLE001 - raised where the items are awaited
                 put("error", error)
             else:
                 put("end", None)
 
     threading.Thread(target=make, daemon=True, name="longstride-input").start()
-    while (event := await arrived.get())[0] != "end":
-        if event[0] == "error":
-            raise event[1]
-        yield event[1]
+    try:
+        while (event := await arrived.get())[0] != "end":
+            room.release()
+            if event[0] == "error":
+                raise event[1]
+            yield event[1]
+    finally:
+        left.set()
+        room.release()
 
 
 class Loading:

@@ -30,7 +30,7 @@ def run(db: c.Db = None, json: c.Json = False) -> None:
         "sqlite": sqlite3.sqlite_version,
         **package_versions("torch", "transformers", "peft", "bm25s", "sqlite-utils"),
         "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "compiled layer": "there" if native.LIBRARY is not None else "not built (torch's operations are used)",
+        "compiled layer": ", ".join(one.name for one in native.LIBRARIES) or "none (torch's operations are used)",
         "device": str(device),
         "dtype": next(name for name, kind in DTYPES.items() if kind == dtype),
         "cache": str(cache_folder()),

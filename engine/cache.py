@@ -7,6 +7,7 @@ cutting a stale segment costs nothing. Buffers double until `limit` rows and nev
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from longstride.errors import ContextFull
@@ -52,48 +53,54 @@ class KVCache:
         self.layout = layout
         self.limit = limit
         self.length = 0
-        self._capacity = 0
+        self.capacity = 0
         self.keys: list[torch.Tensor] = []  # a layer: [heads, capacity, key size]
         self.values: list[torch.Tensor] = []  # a layer: [heads, capacity, value size]
+        self.addresses = np.empty(0, np.uintp)  # of each layer's keys and values, as long as nothing grows
         self._grow(min(initial, limit))
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes held by the buffers."""
-        return self._capacity * self.layout.row_bytes
+        return self.capacity * self.layout.row_bytes
 
     def bytes_for(self, rows: int) -> int:
         """Bytes that the buffers may take once `rows` rows were written (they grow by doubling)."""
-        return max(self._capacity, min(self.limit, 2 * rows)) * self.layout.row_bytes
+        return max(self.capacity, min(self.limit, 2 * rows)) * self.layout.row_bytes
 
     def clear(self) -> None:
         """Forget all rows and give the buffers back."""
-        self.length = self._capacity = 0
-        self.keys, self.values = [], []
+        self.length = self.capacity = 0
+        self.keys, self.values, self.addresses = [], [], np.empty(0, np.uintp)
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` rows in all. Raises `ContextFull` past the limit, before anything is changed."""
         if rows > self.limit:
             raise ContextFull(f"the cache holds at most {self.limit} rows; {rows} were asked for")
-        if rows > self._capacity:
-            self._grow(min(self.limit, max(rows, 2 * self._capacity)))
+        if rows > self.capacity:
+            self._grow(min(self.limit, max(rows, 2 * self.capacity)))
 
     def _grow(self, capacity: int) -> None:
-        def bigger(old: torch.Tensor | None, heads: int, size: int) -> torch.Tensor:
-            new = torch.empty(heads, capacity, size, dtype=self.layout.dtype, device=self.layout.device)
-            if old is not None:
-                new[:, : self.length] = old[:, : self.length]
-            return new
-
-        # Layer by layer, so that the peak is one layer's old buffer and not the whole cache twice.
+        old = (self.keys, self.values) if self.capacity else None
+        if old is None:
+            self.keys, self.values = [], []
+        # Layer by layer, so that the peak is one layer's old buffer and not the whole cache twice; a layer's keys and
+        # values in one, because the system maps large buffers by large pages, which are read faster.
         for i, shape in enumerate(self.layout.layers):
-            if self._capacity == 0:
-                self.keys.append(bigger(None, shape.heads, shape.key_size))
-                self.values.append(bigger(None, shape.heads, shape.value_size))
-            else:
-                self.keys[i] = bigger(self.keys[i], shape.heads, shape.key_size)
-                self.values[i] = bigger(self.values[i], shape.heads, shape.value_size)
-        self._capacity = capacity
+            size = capacity * shape.heads * shape.key_size
+            buffer = torch.empty(capacity * shape.numbers, dtype=self.layout.dtype, device=self.layout.device)
+            keys = buffer[:size].view(shape.heads, capacity, shape.key_size)
+            values = buffer[size:].view(shape.heads, capacity, shape.value_size)
+            if old is None:
+                self.keys.append(keys)
+                self.values.append(values)
+                continue
+            keys[:, : self.length] = self.keys[i][:, : self.length]
+            values[:, : self.length] = self.values[i][:, : self.length]
+            self.keys[i], self.values[i] = keys, values
+        self.capacity = capacity
+        buffers = zip(self.keys, self.values, strict=True)
+        self.addresses = np.array([buffer.data_ptr() for pair in buffers for buffer in pair], np.uintp)
 
     def write(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put `keys` and `values` [heads, n, size] at `row`; `length` does not move (see `extend`)."""
@@ -153,11 +160,11 @@ class KVCache:
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if the structure contradicts itself; tests call this after every step."""
-        if not 0 <= self.length <= self._capacity <= self.limit:
-            raise AssertionError(f"length {self.length}, capacity {self._capacity}, limit {self.limit}")
-        layers = self.layout.layers if self._capacity else ()
+        if not 0 <= self.length <= self.capacity <= self.limit:
+            raise AssertionError(f"length {self.length}, capacity {self.capacity}, limit {self.limit}")
+        layers = self.layout.layers if self.capacity else ()
         for shape, keys, values in zip(layers, self.keys, self.values, strict=True):
-            if keys.shape != (shape.heads, self._capacity, shape.key_size):
+            if keys.shape != (shape.heads, self.capacity, shape.key_size):
                 raise AssertionError(f"keys {tuple(keys.shape)}")
-            if values.shape != (shape.heads, self._capacity, shape.value_size):
+            if values.shape != (shape.heads, self.capacity, shape.value_size):
                 raise AssertionError(f"values {tuple(values.shape)}")

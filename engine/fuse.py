@@ -18,13 +18,11 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from longstride.engine import native
-from longstride.engine.adapter import Adapter
 from longstride.engine.attention import attend
 from longstride.engine.cache import LayerShape
 from longstride.errors import ModelError
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
-Span = tuple[int, int, Adapter]  # rows of a forward, from .. to, and what acts on them
 PACK_ROWS = 32  # a hint to oneDNN: the rows of input to lay the weight out for
 PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
@@ -38,7 +36,7 @@ class Adapted:
 
     def __init__(self) -> None:
         self.rows = 0
-        self.spans: Sequence[Span] = ()
+        self.spans: Sequence[native.Span] = ()
 
     def add(self, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add the adapters' parts of the product `name` of `x` [..., in] to `out` [..., out]."""
@@ -56,15 +54,16 @@ class Adapted:
 
 class Product:
     """The product with the weights of one or several layers joined, one layer's outputs behind the other's, and on top
-    the low-rank products of adapters on their rows. `sizes`: the layers' outputs by path; `name`: the first path.
+    the low-rank products of adapters on their rows. `sizes`: the layers' outputs by path; `name`: the first path;
+    `out`: the dtype of the outputs, if another than the weights' is to be had.
     """
 
-    def __init__(self, layers: dict[str, Any], adapted: Adapted) -> None:
+    def __init__(self, layers: dict[str, Any], adapted: Adapted, out: torch.dtype | None = None) -> None:
         weights = [_weight(layer) for layer in layers.values()]
         self.name = next(iter(layers))
         self.inputs: int = weights[0].shape[1]
         self.sizes = {path: weight.shape[0] for path, weight in zip(layers, weights, strict=True)}
-        self.run = _linear(weights, [layer.bias for layer in layers.values()])
+        self.run = _linear(weights, [layer.bias for layer in layers.values()], out)
         self.adapted = adapted
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,11 +79,11 @@ def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
     What it computes stays the same up to rounding. Unusual layers are left as they are. Returns the products that
     adapters can act on, by the paths of the layers they stand for.
     """
-    signed, step = _Signed(), native.Step()
+    signed = _Signed()
     products: dict[str, Product] = {}
 
     def replace(path: str, layers: nn.ModuleList, at: int) -> None:
-        block = Block(layers[at], signed, f"{path}.{at}", adapted, step)
+        block = Block(layers[at], signed, f"{path}.{at}", adapted)
         if _agree(layers[at], block, model.dtype, model.device):
             layers[at] = block
             products.update({part: product for product in block.products for part in product.sizes})
@@ -99,21 +98,38 @@ def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # packing uses one core a weight
         for _ in pool.map(replace, *zip(*found, strict=True)) if found else ():
             pass
+    _join([block for _, layers, at in found if isinstance(block := layers[at], Block)], model)
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         for name, child in module.named_children():
             if type(child) in (nn.Linear, Conv1D):
-                product = Product({f"{path}.{name}" if path else name: child}, adapted)
+                # logits keep what their sums have: in bf16 near ones would be the same number
+                wide = torch.float32 if child is head else None
+                product = Product({f"{path}.{name}" if path else name: child}, adapted, wide)
                 setattr(module, name, _Layer(product))
                 if child is not head:  # it sees the rows whose logits are wanted only
                     products[product.name] = product
     return products
 
 
+def _join(blocks: Sequence["Block"], model: Any) -> None:
+    """Let consecutive layers that can be compiled run in one call."""
+    if model.dtype != torch.float32 and sum(b.compiled is not None for b in blocks) < model.config.num_hidden_layers:
+        return  # what compiled layers hand on is fp32, which the others would not take
+    joined: native.Layers | None = None
+    for block in blocks:
+        if block.compiled is None:
+            joined = None
+        elif joined is None or not joined.join(block.compiled):
+            joined = native.Layers(block.compiled)
+            block.leads = True
+        block.native = joined
+
+
 class Block(nn.Module):
     """One layer: hidden [1, T, h] -> [1, T, h], as transformers' decoder layers are called."""
 
-    def __init__(self, layer: Any, signed: "_Signed", path: str, adapted: Adapted, step: native.Step) -> None:
+    def __init__(self, layer: Any, signed: "_Signed", path: str, adapted: Adapted) -> None:
         super().__init__()
         self.signed = signed
         self.adapted = adapted
@@ -135,16 +151,18 @@ class Block(nn.Module):
         self.activation: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn.forward
         self.norm_in = _norm(layer.input_layernorm)
         self.norm_mlp = _norm(layer.post_attention_layernorm)
-        self.native = self._native(layer, step)
+        self.compiled = self._compiled(layer)
+        self.native: native.Layers | None = None  # the compiled layers that this one is of
+        self.leads = False  # whether it is their first, which runs all of them
 
-    def _native(self, layer: Any, step: native.Step) -> native.NativeLayer | None:
+    def _compiled(self, layer: Any) -> native.Layer | None:
         """The same layer compiled, if it is of the kind that is."""
         norms = [_rms(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        runs = [product.run for product in self.products]
+        runs = {product.name: product.run for product in self.products}
         shape = LayerShape(self.kv_heads, self.head_size, self.head_size)
         if not _is_silu(self.activation):
             return None
-        return native.layer(step, self.index, shape, self.heads, self.scaling, norms, runs)
+        return native.layer(self.index, shape, self.heads, self.scaling, norms, runs)
 
     def forward(
         self,
@@ -156,9 +174,10 @@ class Block(nn.Module):
         **_extra: object,
     ) -> torch.Tensor:
         """See the class. `position_embeddings`: cosines and sines [1, T, head size]."""
+        spans = self.adapted.spans
+        if self.native is not None and shapes is None and self.native.takes(spans):
+            return self.native(hidden, position_embeddings, plan, spans) if self.leads else hidden
         cos, sin = position_embeddings
-        if self.native is not None and shapes is None and not self.adapted.spans:
-            return self.native(hidden, cos, sin, plan)
         x = hidden[0]
         heads = self.qkv(self.norm_in(x)).view(x.shape[0], -1, self.head_size).transpose(0, 1)
         rotated, value = torch.split(heads, [self.heads + self.kv_heads, self.kv_heads])
@@ -209,7 +228,7 @@ def _agree(layer: Any, block: Block, dtype: torch.dtype, device: torch.device) -
     angles = torch.arange(tokens)[:, None] / torch.arange(1, size // 2 + 1)
     angles = torch.cat((angles, angles), -1)[None]
     turn = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-    extra: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "shapes": {}}
+    extra: dict[str, Any] = {"attention_mask": None, "shapes": {}}
     expected = layer(hidden, position_embeddings=turn, **extra)
     found = block(hidden, position_embeddings=turn, **extra)
     expected = expected[0] if isinstance(expected, tuple) else expected
@@ -246,18 +265,21 @@ def _weight(layer: Any) -> torch.Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def _linear(weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> Linear:
-    """The product with several layers' weights joined, one layer's outputs behind the other's."""
+def _linear(weights: list[torch.Tensor], biases: list[torch.Tensor | None], out: torch.dtype | None = None) -> Linear:
+    """The product with several layers' weights joined, one layer's outputs behind the other's; a compiled one's in
+    `out`."""
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     bias = None
     if any(part is not None for part in biases):
         pairs = zip(weights, biases, strict=True)
         bias = torch.cat([own.new_zeros(len(own)) if part is None else part.detach() for own, part in pairs])
+    library = native.library(weight.dtype) if weight.device.type == "cpu" else None
+    fits = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+    if library is not None and (fits or (weight.dtype == torch.float32 and fits_half(weight))):
+        return native.Packed(library, weight, bias, out)
     if not _packs(weight):
         return lambda x: functional.linear(x, weight, bias)
     weight = weight.contiguous()
-    if native.takes(weight) and fits_half(weight):
-        return native.Half(weight, bias)
     if "fbgemm" in torch.backends.quantized.supported_engines and fits_half(weight):
         # fp16 weights, fp32 inputs and sums: half the bytes to stream for a decode step
         half = torch.ops.quantized.linear_prepack_fp16(weight, bias)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from longstride.engine.embedded import (
     Progress,
@@ -25,6 +26,8 @@ from longstride.engine.tokenizer import HFTokenizer, Tokenizer
 from longstride.errors import BadInput, ModelError
 
 EMBEDDED = "smollm2"
+# what transformers' models call the cache that they are given
+CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -1,30 +1,34 @@
-"""The compiled layer and product (`native.c`): which weights and layers qualify, and how they are called.
+"""The compiled layer and product (`native.h`): which weights and layers qualify, and how they are called.
 
-It is built at installation where there is a compiler for it; without it everything runs in torch's operations.
+They are built at installation where there is a compiler for them, once for each kind of processor; without them
+everything runs in torch's operations.
 """
 
 import ctypes
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from longstride.engine.adapter import Adapter, Factors
 from longstride.engine.attention import Slice
 from longstride.engine.cache import LayerShape
 
-PANEL = 16  # outputs side by side
-MOST_SIZE = 256  # of a head
+MOST = 256  # the largest size of a head, the largest rank of an adapter; as in native.h
 
 log = logging.getLogger("longstride")
 Pointer = ctypes.c_void_p
+Span = tuple[int, int, Adapter]  # rows of a forward, from .. to, and what acts on them
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("hidden", "heads", "kv_heads", "size", "inner")),
+        *((name, ctypes.c_int32) for name in ("index", "hidden", "heads", "kv_heads", "size", "inner")),
         *((name, ctypes.c_float) for name in ("epsilon_in", "epsilon_mlp", "scaling")),
         *((name, Pointer) for name in ("norm_in", "norm_mlp", "qkv", "out", "gate_up", "down")),
         *((name, Pointer) for name in ("qkv_bias", "out_bias", "gate_up_bias", "down_bias")),
@@ -34,140 +38,216 @@ class _Layer(ctypes.Structure):
 class _Slice(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("n", "row", "ranges", "capacity", "width")),
-        *((name, Pointer) for name in ("range", "mask", "keys", "values")),
+        *((name, Pointer) for name in ("range", "mask", "buffers")),
     )
 
 
-def _load() -> Any:
-    """The library, or None where it was not built or this processor lacks its instructions."""
-    spec = importlib.util.find_spec("longstride.engine._native")
-    if spec is None or spec.origin is None or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+class _LowRank(ctypes.Structure):
+    _fields_ = (("rank", ctypes.c_int32), ("down", Pointer), ("up", Pointer))
+
+
+class _Span(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_int32), ("stop", ctypes.c_int32), ("low", Pointer))
+
+
+@dataclass(frozen=True)
+class Library:
+    """One build of native.h. `dtype`: of the cache and of what goes into a product; `panel`: outputs side by side."""
+
+    name: str
+    dtype: torch.dtype
+    panel: int
+    calls: Any
+
+    @property
+    def kept(self) -> torch.dtype:
+        """What the model's weights are kept in."""
+        return torch.float16 if self.dtype == torch.float32 else self.dtype
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight [out, in] as panels of whole cells [out / panel, in / pair, panel, pair], filled up with zeros."""
+        outputs, inputs = weight.shape
+        pair = 2 if weight.dtype == torch.bfloat16 else 1
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % self.panel))
+        return padded.view(-1, self.panel, inputs // pair, pair).transpose(1, 2).contiguous()
+
+
+# best first: name, dtype, panel, what the processor must have
+_BUILDS = (
+    ("bf16", torch.bfloat16, 32, ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")),
+    ("avx512", torch.float32, 32, ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")),
+    ("avx2", torch.float32, 16, ("avx2",)),  # whatever has it has FMA and F16C
+)
+
+
+def _load(name: str, dtype: torch.dtype, panel: int, needs: Sequence[str]) -> Library | None:
+    """A build, or None where it was not made or this processor lacks its instructions."""
+    spec = importlib.util.find_spec(f"longstride.engine._native_{name}")
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if spec is None or spec.origin is None or not all(has.get(need) for need in needs):
         return None
     try:
-        library = ctypes.CDLL(spec.origin)  # torch has loaded the OpenMP that it shares with this
+        calls = ctypes.CDLL(spec.origin)  # torch has loaded the OpenMP that it shares with this
     except OSError as error:
         log.warning("the compiled layer cannot be loaded (%s); torch's operations take its place, slower", error)
         return None
     long, number = ctypes.c_long, ctypes.c_int
-    library.longstride_product.argtypes = [Pointer, Pointer, Pointer, Pointer, long, long, long, number]
-    library.longstride_scratch.argtypes = [Pointer, long, Pointer, number, number]
-    library.longstride_scratch.restype = long
-    library.longstride_layer.argtypes = [Pointer, Pointer, long, Pointer, Pointer, Pointer, number, Pointer, number]
-    return library
+    calls.longstride_product.argtypes = [Pointer, Pointer, Pointer, Pointer, long, long, long, number]
+    calls.longstride_scratch.argtypes = [Pointer, long, Pointer, number, number]
+    calls.longstride_scratch.restype = long
+    calls.longstride_layers.argtypes = [
+        Pointer, number, Pointer, long, Pointer, Pointer, Pointer, number, Pointer, number, Pointer, number
+    ]  # fmt: skip
+    return Library(name, dtype, panel, calls)
 
 
-LIBRARY = _load()
+LIBRARIES = tuple(filter(None, (_load(*build) for build in _BUILDS)))
 
 
-def takes(weight: torch.Tensor) -> bool:
-    """Whether a weight [out, in] on the CPU that fp16 holds can be multiplied here."""
-    return LIBRARY is not None and weight.shape[0] % PANEL == 0
+def library(dtype: torch.dtype) -> Library | None:
+    """The best build for weights of `dtype` on the CPU."""
+    return next((one for one in LIBRARIES if one.dtype == dtype), None)
 
 
-class Half:
-    """The product with a weight kept in fp16: x [..., in] in fp32 -> [..., out]."""
+class Packed:
+    """The product with a weight [out, in] in a library's panels, `in` even: x [..., in] -> [..., out] in `out`, fp32 or
+    the library's dtype."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, library: Library, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.dtype | None = None
+    ) -> None:
+        self.library = library
         self.outputs, self.inputs = weight.shape
-        panels = weight.half().view(-1, PANEL, self.inputs)
-        self.panels = panels.transpose(1, 2).contiguous()
+        self.panels = library.pack(weight.to(library.kept))
         self.bias = None if bias is None else bias.float().contiguous()
+        self.out = library.dtype if out is None else out
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        out = x.new_empty(*x.shape[:-1], self.outputs)
-        rows, bias = x.numel() // self.inputs, _address(self.bias)
-        LIBRARY.longstride_product(
-            self.panels.data_ptr(), bias, x.data_ptr(), out.data_ptr(), rows, self.inputs, self.outputs,
-            torch.get_num_threads(),
+        x = x.to(self.library.dtype).contiguous()
+        out = torch.empty(*x.shape[:-1], self.outputs)
+        self.library.calls.longstride_product(
+            self.panels.data_ptr(), _address(self.bias), x.data_ptr(), out.data_ptr(), x.numel() // self.inputs,
+            self.inputs, self.outputs, torch.get_num_threads(),
         )  # fmt: skip
-        return out
+        return out.to(self.out)
 
 
-class Step:
-    """The slices of the forward under way as the compiled layer takes them; shared by a model's layers."""
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the compiled kind, made by `layer`. `names`: of its products; `held`: what `own` points to."""
 
-    def __init__(self) -> None:
-        self.slices: Any = None
-        self._plan: Sequence[Slice] = ()
-        self._held: list[Any] = []  # what the slices point to
+    library: Library
+    own: _Layer
+    names: Sequence[str]
+    held: object
+
+
+class Layers:
+    """Consecutive layers of one shape, run in one call; `Block` has what each computes in torch's operations."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.library = layer.library
+        self._layers = [layer]
         self._scratch = torch.empty(0)
+        self._adapters: WeakKeyDictionary[Adapter, tuple[Any, object]] = WeakKeyDictionary()
+        self._own: Any = (_Layer * 1)(layer.own)
 
-    def begin(self, plan: Sequence[Slice]) -> None:
-        """At a forward's first layer."""
-        self._plan, self._held = plan, []
-        self.slices = (_Slice * len(plan))()
-        for own, piece in zip(self.slices, plan, strict=True):
-            visible = ((0, piece.row),) if piece.visible is None else piece.visible
-            ranges = (ctypes.c_int32 * (2 * len(visible)))(*(row for pair in visible for row in pair))
-            mask = _added(piece.mask)
-            own.n, own.row, own.ranges = len(piece.ids), piece.row, len(visible)
-            own.capacity, own.width = piece.cache.keys[0].shape[1], 0 if mask is None else mask.shape[1]
-            own.range, own.mask = ctypes.addressof(ranges), _address(mask)
-            self._held += [ranges, mask]
+    def join(self, layer: Layer) -> bool:
+        """Put a layer behind the others, if it is the next and of their shape."""
+        last = self._layers[-1].own
+        shape = ("hidden", "heads", "kv_heads", "size", "inner")
+        if layer.own.index != last.index + 1 or any(getattr(layer.own, x) != getattr(last, x) for x in shape):
+            return False
+        self._layers.append(layer)
+        self._own = (_Layer * len(self._layers))(*(layer.own for layer in self._layers))
+        return True
 
-    def layer(self, index: int) -> None:
-        """Point to the caches' buffers of a layer."""
-        for own, piece in zip(self.slices, self._plan, strict=True):
-            own.keys, own.values = piece.cache.keys[index].data_ptr(), piece.cache.values[index].data_ptr()
-
-    def scratch(self, numbers: int) -> int:
-        """The address of memory for so many floats."""
-        if self._scratch.numel() < numbers:
-            self._scratch = torch.empty(numbers)
-        return self._scratch.data_ptr()
-
-
-class NativeLayer:
-    """A layer whose products are all `Half`; `Block` has what it computes in torch's operations. Made by `layer`."""
-
-    def __init__(self, step: Step, index: int, own: _Layer, held: object) -> None:
-        self.step = step
-        self.index = index
-        self._own = own
-        self._held = held  # what it points to
+    def takes(self, spans: Sequence[Span]) -> bool:
+        """Whether these adapters can act here."""
+        return all(low.shape[1] <= MOST for _, _, adapter in spans for low, _ in adapter.factors.values())
 
     def __call__(
-        self, hidden: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, plan: Sequence[Slice]
+        self,
+        hidden: torch.Tensor,
+        turn: tuple[torch.Tensor, torch.Tensor],
+        plan: Sequence[Slice],
+        spans: Sequence[Span],
     ) -> torch.Tensor:
-        """hidden [1, T, h] of all slices, cosines and sines [1, T, head size] -> the same as hidden; in place but for
-        the first layer."""
-        step, own, rows = self.step, ctypes.addressof(self._own), hidden.shape[1]
-        threads = torch.get_num_threads()
-        cosines, sines = cosines.contiguous(), sines.contiguous()
-        if self.index == 0:
-            step.begin(plan)
-            hidden = hidden.clone(memory_format=torch.contiguous_format)
-        step.layer(self.index)
-        slices, count = ctypes.addressof(step.slices), len(step.slices)
-        scratch = step.scratch(LIBRARY.longstride_scratch(own, rows, slices, count, threads))
-        LIBRARY.longstride_layer(
-            own, hidden.data_ptr(), rows, cosines.data_ptr(), sines.data_ptr(), slices, count, scratch, threads
-        )
+        """hidden [1, T, h] of all slices, turn: cosines and sines [1, T, head size] -> the same as hidden, in fp32."""
+        hidden = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        rows, threads, calls = hidden.shape[1], torch.get_num_threads(), self.library.calls
+        cosines, sines = (part.float().contiguous() for part in turn)
+        slices, _held = _slices(plan)
+        adapted = (_Span * len(spans))(*(_Span(start, stop, self._low(adapter)) for start, stop, adapter in spans))
+        own, at, count = ctypes.addressof(self._own), ctypes.addressof(slices), len(slices)
+        needed = calls.longstride_scratch(own, rows, at, count, threads)
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed)
+        calls.longstride_layers(
+            own, len(self._layers), hidden.data_ptr(), rows, cosines.data_ptr(), sines.data_ptr(), at, count,
+            ctypes.addressof(adapted), len(adapted), self._scratch.data_ptr(), threads,
+        )  # fmt: skip
         return hidden
+
+    def _low(self, adapter: Adapter) -> int:
+        """The address of an adapter's factors as these layers take them."""
+        if adapter not in self._adapters:
+            names = [name for layer in self._layers for name in layer.names]
+            packed = [self._packed(adapter.factors.get(name)) for name in names]
+            low = (_LowRank * len(names))(*(_LowRank(r, _address(down), _address(up)) for r, down, up in packed))
+            self._adapters[adapter] = low, packed
+        return ctypes.addressof(self._adapters[adapter][0])
+
+    def _packed(self, factors: Factors | None) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+        """Rank in whole panels, and both factors in panels."""
+        if factors is None:
+            return 0, None, None
+        down, up = (factor.T.to(self.library.dtype) for factor in factors)
+        more = -len(down) % self.library.panel
+        return len(down) + more, self.library.pack(down), self.library.pack(torch.nn.functional.pad(up, (0, more)))
+
+
+def _slices(plan: Sequence[Slice]) -> tuple[Any, object]:
+    """The slices of a forward as compiled layers take them, and what they point to."""
+    slices, held = (_Slice * len(plan))(), []
+    for own, piece in zip(slices, plan, strict=True):
+        visible = ((0, piece.row),) if piece.visible is None else piece.visible
+        ranges = (ctypes.c_int32 * (2 * len(visible)))(*(row for pair in visible for row in pair))
+        mask = _added(piece.mask)
+        own.n, own.row, own.ranges, own.range = len(piece.ids), piece.row, len(visible), ctypes.addressof(ranges)
+        own.mask, own.width = _address(mask), 0 if mask is None else mask.shape[1]
+        own.capacity, own.buffers = piece.cache.capacity, piece.cache.addresses.ctypes.data
+        held.append((ranges, mask))
+    return slices, held
 
 
 def layer(
-    step: Step,
     index: int,
     shape: LayerShape,
     heads: int,
     scaling: float,
     norms: Sequence[tuple[torch.Tensor, float]],
-    products: Sequence[object],
-) -> NativeLayer | None:
+    products: Mapping[str, object],
+) -> Layer | None:
     """A layer compiled, or None for one that is not of this kind. `norms`: before attention and before the MLP, weight
-    and epsilon; `products`: query, key and value; output; gate and up; down."""
-    halves = [product for product in products if isinstance(product, Half)]
-    (norm_in, epsilon_in), (norm_mlp, epsilon_mlp) = norms
-    if len(halves) < len(products) or halves[-1].inputs % PANEL or shape.key_size % 8 or shape.key_size > MOST_SIZE:
+    and epsilon; `products`: query, key and value; output; gate and up; down; by their names."""
+    packed = [product for product in products.values() if isinstance(product, Packed)]
+    if len(packed) < len(products) or shape.key_size % 8 or shape.key_size > MOST:
         return None
+    library, hidden, inner = packed[0].library, packed[0].inputs, packed[-1].inputs
+    if hidden % library.panel or inner % library.panel:
+        return None
+    weights = [weight.float().contiguous() for weight, _ in norms]
+    # in one buffer, because the system maps large ones by large pages, which are read faster
+    panels = torch.split(torch.cat([one.panels.flatten() for one in packed]), [one.panels.numel() for one in packed])
+    for one, part in zip(packed, panels, strict=True):
+        one.panels = part.view(one.panels.shape)
     own = _Layer(
-        halves[0].inputs, heads, shape.heads, shape.key_size, halves[-1].inputs, epsilon_in, epsilon_mlp, scaling,
-        norm_in.data_ptr(), norm_mlp.data_ptr(), *(half.panels.data_ptr() for half in halves),
-        *(_address(half.bias) for half in halves),
+        index, hidden, heads, shape.heads, shape.key_size, inner, *(epsilon for _, epsilon in norms), scaling,
+        *(weight.data_ptr() for weight in weights), *(one.panels.data_ptr() for one in packed),
+        *(_address(one.bias) for one in packed),
     )  # fmt: skip
-    return NativeLayer(step, index, own, (norms, halves))
+    return Layer(library, own, list(products), (weights, packed))
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -10,7 +10,8 @@ import torch
 from longstride.engine.attention import IMPLEMENTATION, Slice
 from longstride.engine.cache import CacheLayout, LayerShape
 from longstride.engine.costs import StepCosts
-from longstride.engine.fuse import Adapted, Span, fuse
+from longstride.engine.fuse import Adapted, fuse
+from longstride.engine.native import Span
 from longstride.errors import ModelError
 
 

@@ -79,11 +79,9 @@ class Sampler:
         return scores
 
     def distribution(self, scores: torch.Tensor) -> torch.Tensor:
-        """Probabilities [vocabulary] after temperature, top-k, top-p and min-p, in this order."""
+        """Probabilities [vocabulary] after temperature (above 0), top-k, top-p and min-p, in this order."""
         s = self.sampling
-        probabilities = torch.softmax(scores / s.temperature if s.temperature > 0 else scores, dim=-1)
-        if s.temperature == 0:
-            return probabilities
+        probabilities = torch.softmax(scores / s.temperature, dim=-1)
         if 0 < s.top_k < probabilities.numel():
             least = torch.topk(probabilities, s.top_k).values[-1]
             probabilities = torch.where(probabilities < least, 0.0, probabilities)

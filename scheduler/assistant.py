@@ -203,7 +203,7 @@ class Assistant:
             raise BadInput("the file is empty" if not text else "the file holds no text")
         id_ = self.documents.identity(text)
         if await asyncio.to_thread(self.documents.exists, id_, collection):
-            if path is not None:
+            if path is not None and not await asyncio.to_thread(self.documents.stands_at, id_, path, collection):
                 await self.database.awrite(lambda t: self.documents.found_at(t, id_, name, path, collection))
             return None
         spans = await asyncio.to_thread(split_text, text, self.model.tokenizer, self.settings.passage_tokens)

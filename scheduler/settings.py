@@ -187,7 +187,7 @@ def load(settings_cls: type[S], **given: Any) -> S:
         if name in given:
             return ""
         variable = f"{prefix}{name}".upper()
-        return f" from {variable if variable in variables else 'longstride.toml'}"
+        return f"from {variable if variable in variables else 'longstride.toml'}"
 
     try:
         return settings_cls(**given)
@@ -218,15 +218,14 @@ def changed_for_answer(settings: SessionSettings, changes: dict[str, Any]) -> Se
 
 
 def _sentence(error: ValidationError, origin: Callable[[str], str] = lambda _name: "") -> str:
-    """What is wrong with which settings; `origin` says where one stands, as in " from longstride.toml"."""
+    """What is wrong with which settings; `origin` says where one stands, as in "from longstride.toml"."""
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"]) or "settings"
         unknown = item["type"] == "extra_forbidden"
         what = "there is no such setting" if unknown else item["msg"][0].lower() + item["msg"][1:]
         # a secret must not be shown, nor what was meant for one and misspelt
-        value = "" if unknown or "password" in name else f" {item['input']!r}"
-        from_ = origin(str(item["loc"][0])) if item["loc"] else ""
-        got = f"got{value}" if value else ""
-        parts.append(f"{name}: {what}" + (f" ({got}{from_})".replace("( ", "(") if got or from_ else ""))
+        got = "" if unknown or "password" in name else f"got {item['input']!r}"
+        details = " ".join(filter(None, (got, origin(str(item["loc"][0])) if item["loc"] else "")))
+        parts.append(f"{name}: {what}" + (f" ({details})" if details else ""))
     return "; ".join(parts)

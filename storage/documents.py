@@ -140,6 +140,16 @@ class Documents:
             if older != id_:
                 self.remove(tables, older, collection)
 
+    def stands_at(self, id_: str, path: str, collection: str) -> bool:
+        """Whether all that is known of a file is that it holds this document."""
+        failed = "select 1 from failures where path = ?"
+        return self.database.read(
+            lambda tables: (
+                self.versions(tables, path, collection) == [id_]
+                and tables.conn.execute(failed, [path]).fetchone() is None
+            )
+        )
+
     def found_at(self, tables: Tables, id_: str, name: str, path: str, collection: str) -> None:
         """A collection's document is also what stands at `path`, inside the caller's transaction: an older version that
         was there goes, and the document is called so from now on, as its former path may hold something else."""

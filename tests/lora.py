@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
-from longstride.engine.model import Model
+from longstride.engine.model import CACHE, Model
 from longstride.engine.runner import ModelRunner
 from tests.tiny import ByteTokenizer, fresh_model
 
@@ -65,8 +65,8 @@ def adapted_logits(model, ids, positions, visible, boundary=0, base=None):
             input_ids=torch.tensor([list(ids[start:stop])]),
             position_ids=torch.tensor([list(positions[start:stop])]),
             attention_mask=bias[:, :, start:stop, :stop],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         ).logits[0]
 
     before = None

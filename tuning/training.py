@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from longstride.engine.model import PlainModel
+from longstride.engine.model import CACHE, PlainModel
 from longstride.errors import BadInput, ModelError
 from longstride.scheduler.marks import WORDS
 from longstride.tuning.recipe import Marks, Recipe, Steps
@@ -135,7 +135,7 @@ class Losses:
         if positions.shape[0] < ids.shape[0]:
             positions = positions.expand(ids.shape[0], -1)
         out = self.plain.base_model(
-            input_ids=ids, position_ids=positions, attention_mask=bias, past_key_values=past, use_cache=past is not None
+            input_ids=ids, position_ids=positions, attention_mask=bias, use_cache=past is not None, **{CACHE: past}
         )
         hidden: torch.Tensor = out.last_hidden_state
         return hidden

@@ -227,7 +227,8 @@ class Exactness(RuleBasedStateMachine):
         ours = self.logits()
         reference = reference_logits(self.plain, *self.layout(self.text))
         torch.testing.assert_close(ours[-1], reference[-1], atol=1e-4, rtol=1e-4)
-        assert ours[-1].argmax() == reference[-1].argmax()
+        best = reference[-1].max()  # the same token is chosen, or one that is level with it within rounding
+        assert reference[-1][ours[-1].argmax()] >= best - 1e-5
         assert self.sequence.pending == 0
         assert self.sequence.context.text == self.text
         self.sequence.cache.check_integrity()

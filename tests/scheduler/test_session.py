@@ -316,4 +316,11 @@ async def test_of_a_file_that_has_changed_the_new_version_is_found(tmp_path):
         assert await add("An anchor of salt.", "/a") == 1
         assert {p.text for p in await assistant.search("anchor")} == {"An anchor of gold.", "An anchor of salt."}
         assert {d.path: d.name for d in assistant.documents.all()} == {"/a": "/a", "/b": "/b"}
+        # what is known costs no write, unless the file could not be read meanwhile
+        writes = assistant.database.read(lambda tables: tables.conn.execute("pragma data_version").fetchone())
+        assert await add("An anchor of salt.", "/a") is None
+        assert assistant.database.read(lambda t: t.conn.execute("pragma data_version").fetchone()) == writes
+        await assistant.database.awrite(lambda tables: assistant.documents.fail(tables, "/a", "is locked"))
+        assert await add("An anchor of salt.", "/a") is None
+        assert assistant.documents.failures() == []
         assert assistant.documents.verify() == []

@@ -1,0 +1,736 @@
+/* A decoder layer: what a step on a CPU is made of. Compiled once for each kind of processor and number (native_*.c).
+
+A step of one token streams all weights once; as separate operations it spends most of its time elsewhere (starting
+hundreds of small kernels, and products that are made for many rows). Here a layer is one call: RMS norms, projections,
+rotary positions, attention over what each slice sees, gated MLP. engine/native.py packs the weights and says which layers
+qualify; engine/fuse.py has the same layer in torch's operations, which tests hold this one to.
+
+In fp32 weights are fp16, everything else is fp32. In bf16 weights, keys, values and what goes into a product are bf16; sums,
+norms, softmax and what passes from layer to layer are fp32.
+
+All products are of one kind, attention's too: rows of input times a panel. A cell is what one lane multiplies at a time: a
+number in fp32, two in bf16. A panel is PANEL outputs side by side, for each cell of their inputs in turn:
+[outputs / PANEL][cells][PANEL]. Keys and values are brought into panels chunk by chunk, on the way to the second-level cache.
+
+A row's sums are added in the same order however many rows share the call, so a token is computed as it would be alone
+(behind the branches of a tree its keys stand in other chunks, and the sums are rounded otherwise). */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define PANEL (2 * LANES) /* outputs side by side; engine/native.py packs them so */
+#define FEW 96            /* rows whose input stays in the second-level cache while the panels pass */
+#define AHEAD 6144        /* bytes of weights fetched before they are needed */
+#define KEYS_AHEAD 32     /* keys that are fetched before they are needed */
+#define ALONE ROWS        /* query rows that attend without panels */
+#define TILE 48           /* tokens that one task of attention is about */
+#define CHUNK 512         /* keys that one task of attention looks at */
+#define MOST 256          /* the largest size of a head */
+#define UNROLL _Pragma("GCC unroll 16") /* or sums live in memory and not in registers */
+#define EXPORT __attribute__((visibility("default")))
+/* ROWS, from the including file: rows of input that share a pass over a panel; their sums fill the registers */
+
+#if LANES == 16
+typedef __m512 Vector;
+#define V(name) _mm512_##name##_ps
+#else
+typedef __m256 Vector;
+#define V(name) _mm256_##name##_ps
+#endif
+
+#if BF16
+typedef uint16_t Number;
+typedef float Weight; /* a cell, whatever its bits mean */
+#define PAIR 2
+#else
+typedef float Number;
+typedef uint16_t Weight; /* fp16 */
+#define PAIR 1
+#endif
+
+typedef struct {
+    int32_t index, hidden, heads, kv_heads, size, inner;
+    float epsilon_in, epsilon_mlp, scaling;
+    const float *norm_in, *norm_mlp;
+    const Weight *qkv, *out, *gate_up, *down; /* panels; up's stand behind gate's */
+    const float *qkv_bias, *out_bias, *gate_up_bias, *down_bias; /* or null */
+} Layer;
+
+typedef struct {
+    int32_t n, row, ranges, capacity, width; /* new tokens; their first row; visible ranges; rows a head; mask columns */
+    const int32_t *range;                    /* from, to, from, to ... of earlier rows */
+    const float *mask;                       /* [n, width], added for the last keys; null: causal among the new tokens */
+    Number *const *buffers;                  /* each layer's keys and values [kv_heads, capacity, size] */
+} Slice;
+
+/* What an adapter adds to a product: the input times `down`, times `up`, both panels of cells; rank: in whole panels, or 0. */
+typedef struct {
+    int32_t rank;
+    const float *down, *up;
+} LowRank;
+
+enum { QKV, OUT, GATE_UP, DOWN, PRODUCTS };
+
+/* Rows of a forward that an adapter acts on. */
+typedef struct {
+    int32_t from, to;
+    const LowRank *low; /* [layers][PRODUCTS] */
+} Span;
+
+#define INLINE inline __attribute__((always_inline))
+
+static inline long least(long a, long b) { return a < b ? a : b; }
+static inline long up(long count, long of) { return (count + of - 1) / of; }
+
+/* --- vectors --- */
+
+#if LANES == 16
+
+static inline Vector some(const float *x, long count) { /* the first `count`, and zeros */
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << least(count, 16)) - 1), x);
+}
+static inline Vector rounded(Vector x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vector times_power(Vector x, Vector n) { return _mm512_scalef_ps(x, n); } /* x 2^n */
+static inline Vector where_seen(Vector score, Vector weight) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ), weight);
+}
+
+static void transpose(Vector *r) {
+    Vector t[16];
+    UNROLL for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+        __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+        r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+    UNROLL for (int j = 0; j < 4; j++) { /* quarters: columns j, 4 + j, 8 + j, 12 + j of four rows each */
+        Vector a = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+        Vector c = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+        t[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+        t[8 + j] = _mm512_shuffle_f32x4(a, c, 0xdd);
+        t[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
+        t[12 + j] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+    memcpy(r, t, sizeof t);
+}
+
+#else
+
+static inline Vector some(const float *x, long count) { (void)count; return _mm256_loadu_ps(x); } /* sizes are whole eights */
+static inline Vector rounded(Vector x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vector times_power(Vector x, Vector n) {
+    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(power));
+}
+static inline Vector where_seen(Vector score, Vector weight) {
+    return _mm256_and_ps(_mm256_cmp_ps(score, _mm256_set1_ps(-INFINITY), _CMP_NEQ_UQ), weight);
+}
+
+static void transpose(Vector *r) {
+    Vector t[8];
+    UNROLL for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+        __m256d a = _mm256_castps_pd(t[i + j]), b = _mm256_castps_pd(t[i + j + 2]);
+        r[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+        r[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        t[j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x20);
+        t[4 + j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x31);
+    }
+    memcpy(r, t, sizeof t);
+}
+
+#endif
+
+/* e^x for x <= 88, by 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf): a relative error of 2e-7. */
+static inline Vector exponential(Vector x) {
+    x = V(max)(x, V(set1)(-87.0f));
+    Vector n = rounded(V(mul)(x, V(set1)(1.44269504f)));
+    Vector r = V(fnmadd)(n, V(set1)(0.693359375f), x);
+    r = V(fnmadd)(n, V(set1)(-2.12194440e-4f), r);
+    Vector p = V(set1)(1.9875691500e-4f);
+    p = V(fmadd)(p, r, V(set1)(1.3981999507e-3f));
+    p = V(fmadd)(p, r, V(set1)(8.3334519073e-3f));
+    p = V(fmadd)(p, r, V(set1)(4.1665795894e-2f));
+    p = V(fmadd)(p, r, V(set1)(1.6666665459e-1f));
+    p = V(fmadd)(p, r, V(set1)(5.0000001201e-1f));
+    return times_power(V(add)(V(fmadd)(p, V(mul)(r, r), r), V(set1)(1.0f)), n);
+}
+
+static inline float sum_of(Vector x) {
+    float lanes[LANES], sum = 0.0f;
+    V(storeu)(lanes, x);
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
+
+static inline float largest_of(Vector x) {
+    float lanes[LANES], most = -INFINITY;
+    V(storeu)(lanes, x);
+    for (int i = 0; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+}
+
+/* --- numbers and cells --- */
+
+#if BF16
+static inline void put(Number *to, Vector x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+static inline void put_some(Number *to, Vector x, long count) {
+    _mm256_mask_storeu_epi16(to, (__mmask16)((1u << least(count, 16)) - 1), (__m256i)_mm512_cvtneps_pbh(x));
+}
+static inline Vector dot(Vector sum, Vector x, Vector y) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
+static inline Vector weights_at(const Weight *panel) { return _mm512_loadu_ps(panel); }
+#else
+static inline void put(Number *to, Vector x) { V(storeu)(to, x); }
+static inline void put_some(Number *to, Vector x, long count) {
+#if LANES == 16
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << least(count, 16)) - 1), x);
+#else
+    (void)count;
+    V(storeu)(to, x);
+#endif
+}
+static inline Vector dot(Vector sum, Vector x, Vector y) { return V(fmadd)(x, y, sum); }
+static inline Vector weights_at(const Weight *panel) {
+#if LANES == 16
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)panel));
+#else
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)panel));
+#endif
+}
+#endif
+
+static inline Vector cells_at(const float *panel) { return V(loadu)(panel); }
+
+static void put_all(Number *to, const float *x, long count) {
+    for (long i = 0; i < count; i += LANES) put_some(to + i, some(x + i, count - i), count - i);
+}
+
+/* --- products --- */
+
+/* R rows of cells, `apart` from one to the next, times a panel -> out, `stride` from one to the next. */
+#define PRODUCT(NAME, TYPE, LOAD, R)                                                                                   \
+    static void NAME##R(const TYPE *panel, const float *x, long apart, long cells, float *out, long stride) {          \
+        Vector low[R], high[R];                                                                                        \
+        UNROLL for (int r = 0; r < R; r++) low[r] = high[r] = V(setzero)();                                            \
+        for (long i = 0; i < cells; i++) {                                                                             \
+            for (long line = 0; line < (long)sizeof(TYPE) * PANEL; line += 64)                                         \
+                _mm_prefetch((const char *)(panel + i * PANEL) + AHEAD + line, _MM_HINT_T0);                           \
+            Vector a = LOAD(panel + i * PANEL), b = LOAD(panel + i * PANEL + LANES);                                   \
+            UNROLL for (int r = 0; r < R; r++) {                                                                       \
+                Vector value = V(set1)(x[r * apart + i]);                                                              \
+                low[r] = dot(low[r], value, a);                                                                        \
+                high[r] = dot(high[r], value, b);                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        UNROLL for (int r = 0; r < R; r++) {                                                                           \
+            V(storeu)(out + r * stride, low[r]);                                                                       \
+            V(storeu)(out + r * stride + LANES, high[r]);                                                              \
+        }                                                                                                              \
+    }
+#define ALL_PRODUCTS(NAME, TYPE, LOAD)                                                                                     \
+    PRODUCT(NAME, TYPE, LOAD, 1)                                                                                       \
+    PRODUCT(NAME, TYPE, LOAD, 2)                                                                                       \
+    PRODUCT(NAME, TYPE, LOAD, 3)                                                                                       \
+    PRODUCT(NAME, TYPE, LOAD, 4)                                                                                       \
+    PRODUCT(NAME, TYPE, LOAD, 5)                                                                                       \
+    PRODUCT(NAME, TYPE, LOAD, 6)                                                                                       \
+    MORE(NAME, TYPE, LOAD)                                                                                             \
+    static void (*const NAME[ROWS + 1])(const TYPE *, const float *, long, long, float *, long) = {                    \
+        0, NAME##1, NAME##2, NAME##3, NAME##4, NAME##5, NAME##6 LISTED(NAME)};
+#if ROWS == 12
+#define MORE(NAME, TYPE, LOAD)                                                                                         \
+    PRODUCT(NAME, TYPE, LOAD, 7)                                                                                       \
+    PRODUCT(NAME, TYPE, LOAD, 8)                                                                                       \
+    PRODUCT(NAME, TYPE, LOAD, 9)                                                                                       \
+    PRODUCT(NAME, TYPE, LOAD, 10)                                                                                      \
+    PRODUCT(NAME, TYPE, LOAD, 11)                                                                                      \
+    PRODUCT(NAME, TYPE, LOAD, 12)
+#define LISTED(NAME) , NAME##7, NAME##8, NAME##9, NAME##10, NAME##11, NAME##12
+#else
+#define MORE(NAME, TYPE, LOAD)
+#define LISTED(NAME)
+#endif
+ALL_PRODUCTS(with_weights, Weight, weights_at)
+ALL_PRODUCTS(with_cells, float, cells_at)
+
+/* One panel's outputs of the rows from..to: x [rows, inputs] -> out [rows, stride], put there or added. `outputs`: of the
+whole weight, the last panel may hold fewer. */
+static void panel_of(const Weight *weight, const float *bias, long panel, long outputs, long from, long to, const Number *x,
+                     long inputs, float *out, long stride, int add) {
+    float sums[ROWS][PANEL];
+    long cells = inputs / PAIR, groups = up(to - from, ROWS), first = panel * PANEL, columns = least(PANEL, outputs - first);
+    for (long g = 0; g < groups; g++) {
+        long a = from + (to - from) * g / groups, b = from + (to - from) * (g + 1) / groups;
+        with_weights[b - a](weight + first * cells, (const float *)(x + a * inputs), cells, cells, sums[0], PANEL);
+        for (long r = a; r < b; r++) {
+            float *at = out + r * stride + first;
+            for (int c = 0; c < columns; c++) {
+                float sum = sums[r - a][c] + (bias ? bias[first + c] : 0.0f);
+                at[c] = add ? at[c] + sum : sum;
+            }
+        }
+    }
+}
+
+/* x [rows, inputs] -> out [rows, outputs]. */
+EXPORT void longstride_product(const Weight *weight, const float *bias, const Number *x, float *out, long rows, long inputs,
+                               long outputs, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    for (long block = 0; block < up(rows, FEW); block++)
+        for (long panel = 0; panel < up(outputs, PANEL); panel++)
+            panel_of(weight, bias, panel, outputs, block * FEW, least(rows, (block + 1) * FEW), x, inputs, out, outputs, 0);
+}
+
+/* Add what adapters add to a product: x [rows, inputs], out [rows, outputs]. All threads of a team do it together. */
+static void adapt(const Span *spans, int count, long product, const Number *x, long inputs, float *out, long outputs) {
+    for (int s = 0; s < count; s++) {
+        const LowRank *low = spans[s].low + product;
+        long rank = low->rank, rows = spans[s].to - spans[s].from;
+        if (!rank) continue;
+#pragma omp for schedule(static)
+        for (long group = 0; group < up(rows, ROWS); group++) {
+            long first = spans[s].from + group * ROWS, some = least(ROWS, spans[s].to - first);
+            float between[ROWS * MOST], sums[ROWS][PANEL];
+            for (long c = 0; c < rank; c += PANEL)
+                with_cells[some](low->down + c * (inputs / PAIR), (const float *)(x + first * inputs), inputs / PAIR, inputs / PAIR,
+                                 between + c, rank);
+            for (long r = 0; r < some; r++) put_all((Number *)(between + r * rank), between + r * rank, rank);
+            for (long c = 0; c < outputs; c += PANEL) {
+                with_cells[some](low->up + c * (rank / PAIR), between, rank, rank / PAIR, sums[0], PANEL);
+                for (long r = 0; r < some; r++)
+                    for (long i = 0; i < least(PANEL, outputs - c); i++) out[(first + r) * outputs + c + i] += sums[r][i];
+            }
+        }
+    }
+}
+
+/* --- small functions --- */
+
+static void norm(const float *x, const float *weight, float epsilon, long size, Number *out) {
+    Vector squares = V(setzero)();
+    for (long i = 0; i < size; i += LANES) {
+        Vector part = V(loadu)(x + i);
+        squares = V(fmadd)(part, part, squares);
+    }
+    Vector scale = V(set1)(1.0f / sqrtf(sum_of(squares) / (float)size + epsilon));
+    for (long i = 0; i < size; i += LANES) put(out + i, V(mul)(V(mul)(V(loadu)(x + i), scale), V(loadu)(weight + i)));
+}
+
+/* gate and up [PANEL] -> gate * sigmoid(gate) * up */
+static inline void gated(const float *gate, const float *up, Number *out) {
+    for (int i = 0; i < PANEL; i += LANES) {
+        Vector g = V(loadu)(gate + i);
+        /* below -87 e^-g would overflow; there the product is 0 up to rounding */
+        Vector e = exponential(V(min)(V(sub)(V(setzero)(), g), V(set1)(87.0f)));
+        Vector y = V(div)(g, V(add)(V(set1)(1.0f), e));
+        put(out + i, V(mul)(y, V(loadu)(up + i)));
+    }
+}
+
+/* A head [size] rotated by its token's angles: x1 cos - x2 sin, x2 cos + x1 sin, for the halves x1 and x2; and scaled. */
+static void rotate(const float *x, const float *cosine, const float *sine, int size, float scale, Number *out) {
+    float turned[MOST];
+    int half = size / 2;
+    for (int i = 0; i < half; i++) {
+        turned[i] = (x[i] * cosine[i] - x[i + half] * sine[i]) * scale;
+        turned[i + half] = (x[i + half] * cosine[i + half] + x[i] * sine[i + half]) * scale;
+    }
+    put_all(out, turned, size);
+}
+
+/* --- attention --- */
+
+/* Tokens of a slice, whose attention is shared out in tasks: one for each chunk of their keys and each KV head. */
+typedef struct {
+    const Slice *slice;
+    long first, tokens; /* of the slice */
+    long row;           /* of all rows */
+    long keys, chunks;  /* that the last token sees */
+    long task, part;    /* the first task; where in memory its outputs go */
+} Tile;
+
+/* Floats that a query row's output takes: its columns in whole panels, the weights' sum, the largest score. */
+static long part_size(const Layer *layer) { return up(layer->size, PANEL) * PANEL + 2; }
+
+static long earlier(const Slice *slice) {
+    long keys = 0;
+    for (int i = 0; i < slice->ranges; i++) keys += slice->range[2 * i + 1] - slice->range[2 * i];
+    return keys;
+}
+
+static long tiles_of(const Slice *slices, int count) {
+    long tiles = 0;
+    for (int s = 0; s < count; s++) tiles += up(slices[s].n, TILE);
+    return tiles;
+}
+
+/* Fills `tiles` and one more, which stands at the end of all. */
+static void tile(const Layer *layer, const Slice *slices, int count, Tile *tiles) {
+    Tile next = {0};
+    for (int s = 0; s < count; s++)
+        for (next.slice = slices + s, next.first = 0; next.first < slices[s].n; next.first += next.tokens) {
+            next.tokens = least(TILE, slices[s].n - next.first);
+            next.keys = earlier(slices + s) + (slices[s].mask ? slices[s].n : next.first + next.tokens);
+            next.chunks = up(next.keys, CHUNK);
+            *tiles++ = next;
+            next.row += next.tokens;
+            next.task += next.chunks * layer->kv_heads;
+            next.part += next.chunks * next.tokens * layer->heads * part_size(layer);
+        }
+    *tiles = next;
+}
+
+/* The cache rows of the keys from..to of those that a slice sees. */
+static void rows_of(const Slice *slice, long from, long to, int32_t *rows) {
+    for (long i = 0, at = 0; i <= slice->ranges && at < to; i++) {
+        long first = i < slice->ranges ? slice->range[2 * i] : slice->row;
+        long end = i < slice->ranges ? slice->range[2 * i + 1] : slice->row + slice->n;
+        for (long k = at < from ? from : at; k < at + end - first && k < to; k++) rows[k - from] = (int32_t)(first + k - at);
+        at += end - first;
+    }
+}
+
+/* Have what comes next on its way: keys, and the values that are wanted when all keys are done. */
+static INLINE void fetch(const Number *keys, const Number *values, const int32_t *rows, long k, long count, long size) {
+    for (long i = k; i < least(k + LANES, count); i++)
+        for (long at = 0; at < size; at += 64 / (long)sizeof(Number)) {
+            _mm_prefetch((const char *)(keys + rows[least(i + KEYS_AHEAD, count - 1)] * size + at), _MM_HINT_T0);
+            _mm_prefetch((const char *)(values + rows[i] * size + at), _MM_HINT_T0);
+        }
+}
+
+/* LANES keys' cells from c on, one below the other; zeros behind the last key. */
+static INLINE void cells_of(const Number *keys, const int32_t *rows, long count, long size, long c, Vector *block) {
+    for (int i = 0; i < LANES; i++)
+        block[i] = i < count ? some((const float *)(keys + rows[i] * size) + c, size / PAIR - c) : V(setzero)();
+    transpose(block);
+}
+
+/* PANEL columns of values as cells, `left` of them there: in bf16 those of two keys (the other may be missing). */
+static INLINE void columns_of(const Number *one, const Number *other, long left, Vector *low, Vector *high) {
+#if BF16
+    __mmask32 mask = left < 32 ? (1u << left) - 1 : ~0u;
+    __m512i a = _mm512_maskz_loadu_epi16(mask, one);
+    __m512i b = other ? _mm512_maskz_loadu_epi16(mask, other) : _mm512_setzero_si512();
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                           36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    *low = (Vector)_mm512_permutex2var_epi16(a, first, b);
+    *high = (Vector)_mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b);
+#else
+    (void)other;
+    *low = some(one, left);
+    *high = left > LANES ? some(one + LANES, left - LANES) : V(setzero)();
+#endif
+}
+
+static INLINE const Number *other_of(const Number *values, const int32_t *rows, long k, long count, long size) {
+    return PAIR == 2 && k + 1 < count ? values + rows[k + 1] * size : 0;
+}
+
+/* Keys [*, size] as panels of keys: their cells one below the other. Their values are wanted next. */
+static INLINE void pack_keys(const Number *keys, const Number *values, const int32_t *rows, long count, long size,
+                             float *panels) {
+    long cells = size / PAIR;
+    for (long k = 0; k < count; k += LANES) {
+        float *to = panels + k / PANEL * PANEL * cells + k % PANEL;
+        fetch(keys, values, rows, k, count, size);
+        for (long c = 0; c < cells; c += LANES) {
+            Vector block[LANES];
+            cells_of(keys, rows + k, count - k, size, c, block);
+            for (int i = 0; i < LANES && c + i < cells; i++) V(storeu)(to + (c + i) * PANEL, block[i]);
+        }
+    }
+}
+
+/* Values [*, size] as panels of columns: a cell is a value, in bf16 that of a key and of the next. */
+static INLINE void pack_values(const Number *values, const int32_t *rows, long count, long size, float *panels) {
+    for (long column = 0; column < size; column += PANEL)
+        for (long k = 0; k < count; k += PAIR, panels += PANEL) {
+            const Number *other = other_of(values, rows, k, count, size);
+            Vector low, high;
+            columns_of(values + rows[k] * size + column, other ? other + column : 0, size - column, &low, &high);
+            V(storeu)(panels, low);
+            V(storeu)(panels + LANES, high);
+        }
+}
+
+/* For a row or a few panels are not worth making: the same sums in the same order without them. */
+static INLINE void score_few(int R, const Number *keys, const Number *values, const int32_t *rows, long count, long size,
+                             const float *query, float *scores) {
+    long cells = size / PAIR;
+    for (long k = 0; k < count; k += LANES) {
+        Vector sums[ALONE];
+        UNROLL for (int r = 0; r < R; r++) sums[r] = V(setzero)();
+        fetch(keys, values, rows, k, count, size);
+        for (long c = 0; c < cells; c += LANES) {
+            Vector block[LANES];
+            cells_of(keys, rows + k, count - k, size, c, block);
+            UNROLL for (int i = 0; i < LANES; i++)
+                if (c + i < cells)
+                    UNROLL for (int r = 0; r < R; r++) sums[r] = dot(sums[r], V(set1)(query[r * cells + c + i]), block[i]);
+        }
+        UNROLL for (int r = 0; r < R; r++) V(storeu)(scores + r * CHUNK + k, sums[r]);
+    }
+}
+
+static INLINE void weigh_few(int R, const Number *values, const int32_t *rows, long count, long size, const float *weights,
+                             float *out, long stride) {
+    const int span = R <= ALONE / 2 ? LANES / 8 : 1; /* panels of columns at once: as the registers allow */
+    for (long column = 0; column < size; column += span * PANEL) {
+        Vector sums[ALONE][LANES / 4];
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < 2 * span; v++) sums[r][v] = V(setzero)();
+        for (long k = 0; k < count; k += PAIR) {
+            const Number *one = values + rows[k] * size, *other = other_of(values, rows, k, count, size);
+            UNROLL for (int p = 0; p < span; p++) {
+                long at = column + p * PANEL;
+                if (at >= size) break;
+                Vector low, high;
+                columns_of(one + at, other ? other + at : 0, size - at, &low, &high);
+                UNROLL for (int r = 0; r < R; r++) {
+                    Vector weight = V(set1)(weights[r * CHUNK + k / PAIR]);
+                    sums[r][2 * p] = dot(sums[r][2 * p], weight, low);
+                    sums[r][2 * p + 1] = dot(sums[r][2 * p + 1], weight, high);
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < 2 * span; v++)
+            if (column + v * LANES < size) V(storeu)(out + r * stride + column + v * LANES, sums[r][v]);
+    }
+}
+
+/* Scores [CHUNK] of a token over the keys from..to become weights, in place; returns their sum and the largest score. */
+static void weigh(const Slice *slice, long token, long past, long from, long to, float *scores, float *sum, float *most) {
+    long among = slice->mask ? past + slice->n - slice->width : past; /* first key that a mask is about */
+    for (long k = among > from ? among : from; k < to; k++) {
+        if (slice->mask) scores[k - from] += slice->mask[token * slice->width + k - among];
+        else if (k - among > token) scores[k - from] = -INFINITY;
+    }
+    long padded = up(to - from, PANEL) * PANEL;
+    for (long k = to - from; k < padded; k++) scores[k] = -INFINITY;
+    Vector largest = V(loadu)(scores), total = V(setzero)();
+    for (long k = LANES; k < padded; k += LANES) largest = V(max)(largest, V(loadu)(scores + k));
+    *most = largest_of(largest);
+    Vector shift = V(set1)(*most == -INFINITY ? 0.0f : *most);
+    for (long k = 0; k < padded; k += LANES) {
+        Vector score = V(loadu)(scores + k), weight = where_seen(score, exponential(V(sub)(score, shift))); /* unseen: 0 */
+        put((Number *)scores + k, weight);
+        total = V(add)(total, weight);
+    }
+    *sum = sum_of(total);
+}
+
+/* Query rows [rows, size] of one KV head, scaled, before some keys and values. */
+typedef struct {
+    const Number *keys, *values, *query;
+    const int32_t *seen; /* the keys' rows in the cache */
+    long rows, count;
+    float *scores, *part;
+    long stride; /* of `part`: outputs, the weights' sum, the largest score */
+} Attention;
+
+/* What becomes of a row's scores: see `weigh`. */
+typedef struct {
+    const Slice *slice;
+    long first, group, past, from, to;
+} Sight;
+
+static void weigh_all(const Attention *a, const Sight *s) {
+    for (long r = 0; r < a->rows; r++) {
+        float *end = a->part + r * a->stride + a->stride - 2;
+        weigh(s->slice, s->first + r / s->group, s->past, s->from, s->to, a->scores + r * CHUNK, end, end + 1);
+    }
+}
+
+static INLINE void attend_few(int R, long size, const Attention *a, const Sight *s) {
+    score_few(R, a->keys, a->values, a->seen, a->count, size, (const float *)a->query, a->scores);
+    weigh_all(a, s);
+    weigh_few(R, a->values, a->seen, a->count, size, a->scores, a->part, a->stride);
+}
+
+static INLINE void attend_many(long size, const Attention *a, const Sight *s, float *panels) {
+    long cells = size / PAIR, pairs = up(a->count, PAIR);
+    pack_keys(a->keys, a->values, a->seen, a->count, size, panels);
+    for (long r = 0; r < a->rows; r += ROWS)
+        for (long k = 0; k < a->count; k += PANEL)
+            with_cells[least(ROWS, a->rows - r)](panels + k * cells, (const float *)(a->query + r * size), cells, cells,
+                                                 a->scores + r * CHUNK + k, CHUNK);
+    weigh_all(a, s);
+    pack_values(a->values, a->seen, a->count, size, panels);
+    for (long r = 0; r < a->rows; r += ROWS)
+        for (long column = 0; column < size; column += PANEL)
+            with_cells[least(ROWS, a->rows - r)](panels + column * pairs, a->scores + r * CHUNK, CHUNK, pairs,
+                                                 a->part + r * a->stride + column, a->stride);
+}
+
+#define FEW_CASE(R) case R: attend_few(R, size, a, s); break;
+
+static INLINE void attend_sized(long size, const Attention *a, const Sight *s, float *panels) {
+    switch (a->rows) {
+    FEW_CASE(1) FEW_CASE(2) FEW_CASE(3) FEW_CASE(4) FEW_CASE(5) FEW_CASE(6)
+#if ROWS == 12
+    FEW_CASE(7) FEW_CASE(8) FEW_CASE(9) FEW_CASE(10) FEW_CASE(11) FEW_CASE(12)
+#endif
+    default: attend_many(size, a, s, panels);
+    }
+}
+
+/* What a thread keeps while it attends, in floats: scores, and panels of keys or of values. */
+static long panels_at(const Layer *layer) { return TILE * (layer->heads / layer->kv_heads) * CHUNK; }
+static long room(const Layer *layer) { return panels_at(layer) + CHUNK * up(layer->size, PANEL) * PANEL / PAIR; }
+
+/* A tile's rows of one KV head over the keys from..to: for each the unnormalised output, the weights' sum and the largest
+score. `query`: [tokens, group, size], scaled. */
+static void attend(const Layer *layer, const Tile *tile, long kv, long from, long to, const Number *query, float *own,
+                   float *part) {
+    const Slice *slice = tile->slice;
+    long size = layer->size, group = layer->heads / layer->kv_heads, start = kv * slice->capacity * size;
+    Number *const *buffers = slice->buffers + 2 * layer->index;
+    int32_t seen[CHUNK];
+    rows_of(slice, from, to, seen);
+    Attention a = {buffers[0] + start, buffers[1] + start, query, seen, tile->tokens * group, to - from, own, part,
+                   part_size(layer)};
+    Sight s = {slice, tile->first, group, earlier(slice), from, to};
+    if (size == 64) attend_sized(64, &a, &s, own + panels_at(layer)); /* the widespread size, with its loops unrolled */
+    else attend_sized(size, &a, &s, own + panels_at(layer));
+}
+
+/* Bring a query row's parts [chunks] (`apart` floats from one to the next) together. */
+static void merge(const float *part, long chunks, long apart, long stride, long size, Number *out) {
+    float most = -INFINITY, sum = 0.0f, all[MOST] = {0};
+    for (long c = 0; c < chunks; c++) most = fmaxf(most, part[c * apart + stride - 1]);
+    for (long c = 0; c < chunks; c++) {
+        const float *own = part + c * apart;
+        float weight = own[stride - 1] == -INFINITY ? 0.0f : expf(own[stride - 1] - most);
+        sum += weight * own[stride - 2];
+        for (int i = 0; i < size; i++) all[i] += weight * own[i];
+    }
+    for (int i = 0; i < size; i++) all[i] /= sum;
+    put_all(out, all, size);
+}
+
+/* --- the layers --- */
+
+/* Where things stand in the scratch memory, in floats. */
+typedef struct {
+    long normed, qkv, query, seen, gate_up, inner, own, parts, end;
+} Places;
+
+static Places places(const Layer *layer, long rows, const Tile *end, int threads) {
+    long wide = rows * layer->heads * layer->size;
+    Places p = {0};
+    p.qkv = p.normed + rows * layer->hidden; /* numbers take as many floats at most */
+    p.query = p.qkv + rows * (layer->heads + 2 * layer->kv_heads) * layer->size;
+    p.seen = p.query + wide;
+    p.gate_up = p.seen + wide;
+    p.inner = p.gate_up + rows * 2 * layer->inner;
+    p.own = p.inner + rows * layer->inner;
+    p.parts = p.own + threads * room(layer);
+    p.end = p.parts + end->part;
+    return p;
+}
+
+/* Floats of scratch memory that `longstride_layers` needs. */
+EXPORT long longstride_scratch(const Layer *layer, long rows, const Slice *slices, int count, int threads) {
+    long many = tiles_of(slices, count);
+    Tile tiles[many + 1];
+    tile(layer, slices, count, tiles);
+    return places(layer, rows, tiles + many, threads).end;
+}
+
+int omp_get_thread_num(void);
+
+/* All threads of a team run a layer together. */
+static void run(const Layer *layer, float *x, long rows, const float *cosine, const float *sine, const Slice *slices,
+                const Tile *tiles, long many, const Span *spans, int adapted, long product, float *scratch, Places place) {
+    long hidden = layer->hidden, inner = layer->inner, size = layer->size, heads = layer->heads, kv = layer->kv_heads;
+    long group = heads / kv, width = (heads + 2 * kv) * size, blocks = up(rows, FEW), stride = part_size(layer);
+    Number *normed = (Number *)(scratch + place.normed), *query = (Number *)(scratch + place.query);
+    Number *seen = (Number *)(scratch + place.seen), *mid = (Number *)(scratch + place.inner);
+    float *qkv = scratch + place.qkv, *both = scratch + place.gate_up, *parts = scratch + place.parts;
+#pragma omp for schedule(static)
+    for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_in, layer->epsilon_in, hidden, normed + r * hidden);
+#pragma omp for schedule(static) collapse(2)
+    for (long block = 0; block < blocks; block++)
+        for (long panel = 0; panel < up(width, PANEL); panel++)
+            panel_of(layer->qkv, layer->qkv_bias, panel, width, block * FEW, least(rows, (block + 1) * FEW), normed, hidden, qkv,
+                     width, 0);
+    adapt(spans, adapted, product + QKV, normed, hidden, qkv, width);
+#pragma omp for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const float *own = qkv + r * width, *turn = cosine + r * size, *angle = sine + r * size;
+        long s = 0, token = r;
+        while (token >= slices[s].n) token -= slices[s++].n;
+        for (long h = 0; h < heads; h++)
+            rotate(own + h * size, turn, angle, (int)size, layer->scaling,
+                   query + ((h / group * rows + r) * group + h % group) * size);
+        for (long h = 0; h < kv; h++) {
+            long at = (h * slices[s].capacity + slices[s].row + token) * size;
+            rotate(own + (heads + h) * size, turn, angle, (int)size, 1.0f, slices[s].buffers[2 * layer->index] + at);
+            put_all(slices[s].buffers[2 * layer->index + 1] + at, own + (heads + kv + h) * size, size);
+        }
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (long task = 0; task < tiles[many].task; task++) {
+        const Tile *own = tiles;
+        while (task >= own[1].task) own++;
+        long chunk = (task - own->task) / kv, h = (task - own->task) % kv, from = chunk * CHUNK;
+        attend(layer, own, h, from, least(from + CHUNK, own->keys), query + (h * rows + own->row) * group * size,
+               scratch + place.own + omp_get_thread_num() * room(layer),
+               parts + own->part + (chunk * kv + h) * own->tokens * group * stride);
+    }
+#pragma omp for schedule(static)
+    for (long task = 0; task < rows * heads; task++) {
+        const Tile *own = tiles;
+        long row = task / heads, h = task % heads;
+        while (row >= own[1].row) own++;
+        merge(parts + own->part + (h / group * own->tokens * group + (row - own->row) * group + h % group) * stride, own->chunks,
+              heads * own->tokens * stride, stride, size, seen + (row * heads + h) * size);
+    }
+#pragma omp for schedule(static) collapse(2)
+    for (long block = 0; block < blocks; block++)
+        for (long panel = 0; panel < hidden / PANEL; panel++)
+            panel_of(layer->out, layer->out_bias, panel, hidden, block * FEW, least(rows, (block + 1) * FEW), seen, heads * size, x,
+                     hidden, 1);
+    adapt(spans, adapted, product + OUT, seen, heads * size, x, hidden);
+#pragma omp for schedule(static)
+    for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_mlp, layer->epsilon_mlp, hidden, normed + r * hidden);
+#pragma omp for schedule(static) collapse(2)
+    for (long block = 0; block < blocks; block++)
+        for (long panel = 0; panel < 2 * inner / PANEL; panel++)
+            panel_of(layer->gate_up, layer->gate_up_bias, panel, 2 * inner, block * FEW, least(rows, (block + 1) * FEW), normed,
+                     hidden, both, 2 * inner, 0);
+    adapt(spans, adapted, product + GATE_UP, normed, hidden, both, 2 * inner);
+#pragma omp for schedule(static) collapse(2)
+    for (long r = 0; r < rows; r++)
+        for (long at = 0; at < inner; at += PANEL)
+            gated(both + r * 2 * inner + at, both + r * 2 * inner + inner + at, mid + r * inner + at);
+#pragma omp for schedule(static) collapse(2)
+    for (long block = 0; block < blocks; block++)
+        for (long panel = 0; panel < hidden / PANEL; panel++)
+            panel_of(layer->down, layer->down_bias, panel, hidden, block * FEW, least(rows, (block + 1) * FEW), mid, inner, x, hidden,
+                     1);
+    adapt(spans, adapted, product + DOWN, mid, inner, x, hidden);
+}
+
+/* x [rows, hidden], the tokens of all slices one behind the other, becomes the output of `depth` layers of one shape. cosine,
+sine: [rows, size]. Writes the new tokens' keys and values to their rows. `spans`: what adapters act on. */
+EXPORT void longstride_layers(const Layer *layers, int depth, float *x, long rows, const float *cosine, const float *sine,
+                              const Slice *slices, int count, const Span *spans, int adapted, float *scratch, int threads) {
+    long many = tiles_of(slices, count);
+    Tile tiles[many + 1];
+    tile(layers, slices, count, tiles);
+    Places place = places(layers, rows, tiles + many, threads);
+#pragma omp parallel num_threads(threads)
+    for (int layer = 0; layer < depth; layer++)
+        run(layers + layer, x, rows, cosine, sine, slices, tiles, many, spans, adapted, layer * PRODUCTS, scratch, place);
+}
