@@ -147,16 +147,18 @@ class KVCache:
         return torch.cat(parts)
 
     def write_rows(self, row: int, flat: torch.Tensor) -> int:
-        """Put rows copied by `read_rows` at `row`; returns how many. `length` does not move."""
-        count = flat.numel() // sum(shape.numbers for shape in self.layout.layers)
+        """Put rows copied by `read_rows` at `row`, or several such copies of one size [copies, numbers] one behind the
+        other; returns how many. `length` does not move."""
+        flat = flat.view(-1, flat.shape[-1]).to(self.layout.device)
+        copies, count = len(flat), flat.shape[1] // sum(shape.numbers for shape in self.layout.layers)
+        rows = slice(row, row + copies * count)
         at = 0
-        for i, shape in enumerate(self.layout.layers):
-            k, v = count * shape.heads * shape.key_size, count * shape.heads * shape.value_size
-            keys = flat[at : at + k].view(shape.heads, count, shape.key_size)
-            values = flat[at + k : at + k + v].view(shape.heads, count, shape.value_size)
-            self.write(i, row, keys.to(self.layout.device), values.to(self.layout.device))
-            at += k + v
-        return count
+        for shape, keys, values in zip(self.layout.layers, self.keys, self.values, strict=True):
+            for buffer, size in ((keys, shape.key_size), (values, shape.value_size)):
+                part = flat[:, at : at + count * shape.heads * size].view(copies, shape.heads, count, size)
+                _copy(part.transpose(0, 1), buffer[:, rows].view(shape.heads, copies, count, size))
+                at += count * shape.heads * size
+        return copies * count
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if the structure contradicts itself; tests call this after every step."""
@@ -168,3 +170,11 @@ class KVCache:
                 raise AssertionError(f"keys {tuple(keys.shape)}")
             if values.shape != (shape.heads, self.capacity, shape.value_size):
                 raise AssertionError(f"values {tuple(values.shape)}")
+
+
+def _copy(part: torch.Tensor, to: torch.Tensor) -> None:
+    """By one thread on the CPU: torch would wake its others for it, which then spin where others want to run."""
+    if to.is_cpu:
+        np.copyto(to.view(torch.uint8).numpy(), part.view(torch.uint8).numpy())
+    else:
+        to.copy_(part)

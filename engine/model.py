@@ -88,6 +88,7 @@ def load_model(
 def _load(name: str, device: str, dtype: str, progress: Progress) -> Model:
     plain = load_plain(name, device=device, dtype=dtype, progress=progress)
     runner = ModelRunner(plain.model)
+    runner.calibrate()
     return Model(name, runner, plain.tokenizer, _fingerprint(plain, runner), plain.vocabulary)
 
 

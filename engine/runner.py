@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from longstride.engine.attention import IMPLEMENTATION, Slice
-from longstride.engine.cache import CacheLayout, LayerShape
+from longstride.engine.cache import CacheLayout, KVCache, LayerShape
 from longstride.engine.costs import StepCosts
 from longstride.engine.fuse import Adapted, fuse
 from longstride.engine.native import Span
 from longstride.errors import ModelError
+
+CALIBRATION_ROWS, CALIBRATION_NEW = 1024, 16
 
 
 class ModelRunner:
@@ -79,6 +81,17 @@ class ModelRunner:
         for start, stop, adapter in spans:
             adapter.embed(ids[start:stop], embeddings[0, start:stop])
         return {"inputs_embeds": embeddings}
+
+    def calibrate(self) -> None:
+        """Run a few forwards, so that what a step costs here is known before the first draft: one row and some, over
+        nothing and over `CALIBRATION_ROWS` keys."""
+        cache = KVCache(self.layout, CALIBRATION_ROWS + CALIBRATION_NEW, initial=CALIBRATION_ROWS + CALIBRATION_NEW)
+        for buffer in (*cache.keys, *cache.values):
+            buffer.zero_()
+        for _ in range(4):
+            for row in (0, min(CALIBRATION_ROWS, self.max_positions - CALIBRATION_NEW)):
+                for new in (1, CALIBRATION_NEW):
+                    self.forward([Slice(cache, [0] * new, range(row, row + new), row, logits=new)])
 
     def forward(self, slices: Sequence[Slice]) -> list[torch.Tensor]:
         """Compute the slices together; returns for each its `logits` last rows [logits, vocabulary].

@@ -105,7 +105,8 @@ class Assistant:
         await asyncio.to_thread(self.device.close)
         self.retriever.close()
         await asyncio.to_thread(self.database.close)
-        self._open.clear()
+        for name in list(self._open):
+            self.close_session(name, "its assistant was closed")
 
     # --- sessions ---
 

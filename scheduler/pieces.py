@@ -53,4 +53,4 @@ class StoredPieces:
         size = len(piece) * model.runner.layout.row_bytes
         data, _why = core.blocks.get(key, adapted(model.fingerprint, adapter), *packed, size)
         if data is not None:
-            core.pieces.insert(key, from_bytes(data, model.runner.dtype))
+            core.pieces.insert(key, from_bytes([data], model.runner.dtype)[0])

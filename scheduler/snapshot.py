@@ -1,11 +1,13 @@
 """`Snapshot`: the durable KV of a sequence, up to the boundary, as a chain of content-addressed blocks."""
 
 import asyncio
-import warnings
+from collections import deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, islice
 
+import numpy as np
 import torch
 
 from longstride.engine.identity import adapted, chain_id, pack_ids
@@ -13,10 +15,11 @@ from longstride.engine.model import Model
 from longstride.engine.sequence import Sequence
 from longstride.engine.window import Marks
 from longstride.errors import StorageError
-from longstride.scheduler.device import Device
+from longstride.scheduler.device import Device, ended
 from longstride.storage.blocks import Block, Blocks
 
-BATCH = 8  # blocks read while those before are written into the cache
+BATCH = 8  # blocks that a thread reads and checks at a time
+LOADS = 2  # threads that do so, while a third writes what they found into the cache
 
 
 def to_bytes(rows: torch.Tensor) -> bytes:
@@ -24,11 +27,10 @@ def to_bytes(rows: torch.Tensor) -> bytes:
     return rows.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def from_bytes(data: bytes, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `to_bytes`; shares the bytes, so it is only read from."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(data, dtype=dtype)
+def from_bytes(copies: list[bytes], dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `to_bytes`, of several of one size: [copies, numbers]."""
+    # numpy's: torch would wake all its threads for it, which then spin where others read
+    return torch.from_numpy(np.stack([np.frombuffer(data, np.uint8) for data in copies])).view(dtype)
 
 
 @dataclass(frozen=True)
@@ -204,31 +206,37 @@ class Snapshot:
         """Put the blocks of `plan` into the cache behind its length, up to the first that cannot be used; returns how
         many, and what is wrong with the next."""
         restored = row = 0
-        loading = asyncio.create_task(asyncio.to_thread(self._load, plan, 0))
+        starts = iter(range(0, len(plan), BATCH))
+        loading: deque[asyncio.Task[tuple[list[bytes], str]]] = deque()
+        problem = ""
         try:
             while True:
-                found, problem = await loading
-                restored += len(found)
-                ended = len(found) < BATCH or restored == len(plan)
-                if not ended:
-                    loading = asyncio.create_task(asyncio.to_thread(self._load, plan, restored))
+                for first in islice(starts, LOADS - len(loading)):
+                    loading.append(asyncio.create_task(asyncio.to_thread(self._load, plan, first)))
+                if not loading:
+                    return restored, problem
+                found, problem = await asyncio.shield(loading[0])
+                loading.popleft()
                 if found:
                     await self.device.call(partial(self._write, row, found, sum(len(rows.tokens) for rows in plan)))
-                    row += sum(len(rows.tokens) for rows in plan[restored - len(found) : restored])
-                if ended:
+                    row += sum(len(rows.tokens) for rows in plan[restored : restored + len(found)])
+                restored += len(found)
+                if len(found) < BATCH:
                     return restored, problem
         except BaseException:
-            loading.cancel()
             self.sequence.clear()
             raise
+        finally:
+            for task in loading:  # a thread that reads cannot be called off
+                await ended(task)
+                task.exception()  # whatever it is, an earlier one was raised or ended the reading
 
     def _write(self, row: int, found: list[bytes], rows: int) -> None:
         """Put blocks from row `row` on into the cache, which will hold `rows`."""
         cache = self.sequence.cache
         cache.reserve(rows)
-        for data in found:
-            if data:
-                row += cache.write_rows(row, from_bytes(data, self.model.runner.dtype))
+        for _, alike in groupby(filter(None, found), key=len):  # many at once: each operation costs more than its copy
+            row += cache.write_rows(row, from_bytes(list(alike), self.model.runner.dtype))
 
     # --- on the device or not (see `Residency`) ---
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longstride.engine.attention import Slice
-from longstride.engine.cache import KVCache
+from longstride.engine.cache import CacheLayout, KVCache, LayerShape
 from longstride.engine.fuse import Block
 from longstride.engine.runner import ModelRunner, refuse_untruncatable
 from longstride.errors import ContextFull, ModelError
@@ -139,3 +139,27 @@ def test_the_cache_grows_and_keeps_its_rows():
     assert before == 4 * runner.layout.row_bytes
     assert cache.allocated_bytes == 500 * runner.layout.row_bytes
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_rows_are_written_one_behind_the_other(dtype):
+    """Several at once are what each alone would be."""
+    layout = CacheLayout((LayerShape(2, 8, 4), LayerShape(1, 6, 6)), dtype, torch.device("cpu"))
+    source, one, two = (KVCache(layout, 64) for _ in range(3))
+    for buffer in (*source.keys, *source.values):
+        buffer.normal_()
+    copies = [source.read_rows(at, at + 5) for at in (3, 20, 11)]
+    assert one.write_rows(7, torch.stack(copies)) == 15
+    for i, copy in enumerate(copies):
+        assert two.write_rows(7 + 5 * i, copy) == 5
+    assert torch.equal(one.read_rows(7, 22), two.read_rows(7, 22))
+    assert torch.equal(one.read_rows(12, 17), copies[1])
+
+
+def test_what_a_step_costs_is_known_before_the_first():
+    runner = ModelRunner(fresh_model("llama"))
+    guessed = runner.costs.terms.copy()
+    runner.calibrate()
+    assert runner.costs.terms.tolist() != guessed.tolist()
+    curve = runner.costs.curve(1, 100)
+    assert 0 < curve(0) <= curve(8) < curve(64)
