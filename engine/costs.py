@@ -11,28 +11,35 @@ Floats = npt.NDArray[np.float64]
 
 
 class StepCosts:
-    """Seconds of a forward as fixed + a row + a key + a (row, key) pair, fitted by least squares of relative errors.
+    """Seconds of a forward as once + rows + further rows + keys + (row, key) pairs, fitted by least squares of relative
+    errors.
 
-    The four terms are the weights read once, the products of each row, the keys and values read once, and the scores.
-    The first `FREE` rows count as so many in any case: their products are done while the weights are on their way.
-    Older forwards are forgotten with a memory of about `MEMORY`. Before the first one, and for what was not tried yet,
-    the proportions are a guess that suits a small model on a CPU.
+    The terms are the weights read once, what each row costs besides, the products of rows beyond the first `free`, the
+    keys and values read once, and the scores. The first rows' products are done while the weights are on their way.
+    Older forwards are forgotten with a memory of about `MEMORY`. For what was not tried lately the proportions are a
+    guess: one that suits a small model on a CPU, or what was measured (`settle`).
     """
 
-    START = np.array([5.0, 2.2, 1.8, 0.6])  # ms: once, a row, 1,000 keys, a row over 1,000 keys
-    FREE = 5
-    POINTS = np.array([[1.0, FREE, 0.0, 0.0], [1.0, 16.0, 0.0, 0.0], [1.0, FREE, 4.0, 4.0], [1.0, 16.0, 4.0, 64.0]])
-    WEIGHT = 0.3  # of each point, where an observation has 1; it enters squared
+    START = np.array([15.0, 0.3, 2.0, 1.8, 0.6])  # ms: once, a row, one beyond the free, 1,000 keys, a row over them
+    WEIGHT = 0.4  # of each guessed point, where an observation has 1; it enters squared
     MEMORY = 64.0
     MOST_ROWS = 96  # forwards that read text say little about drafts
     OUTLIER = 3.0
+    ANEW = 4  # observations after which the terms are fitted anew, once there are many
 
-    def __init__(self) -> None:
+    def __init__(self, free: int = 5) -> None:
+        self.free = free
+        self._start: Floats = self.START / 1000
+        self._guessed = np.array([self._point(n, n * keys, keys) for keys in (0, 4) for n in (1, free, 3 * free)])
         self._seen = -1  # the first forward of a process is slower than all others and says nothing
-        self._scale = 1e-3
-        self._matrix = np.zeros((4, 4))
-        self._vector = np.zeros(4)
-        self.terms: Floats = self.START / 1000
+        self._fitted = 0
+        self._scale = 1.0
+        self._matrix = np.zeros((len(self.START), len(self.START)))
+        self._vector = np.zeros(len(self.START))
+        self._terms = self._start
+
+    def _point(self, rows: int, pairs: float, keys: float) -> list[float]:
+        return [1.0, float(rows), float(max(0, rows - self.free)), keys, pairs]
 
     def observe(self, slices: Sequence[Slice], seconds: float) -> None:
         """A forward over `slices` took so long."""
@@ -40,27 +47,37 @@ class StepCosts:
         if not 0 < rows <= self.MOST_ROWS or seconds <= 0:
             return
         keys = sum(piece.stop for piece in slices) / 1000
-        pairs = sum(len(piece.ids) * piece.stop for piece in slices) / 1000
-        point = np.array([1.0, max(rows, self.FREE), keys, pairs])
+        point = np.array(self._point(rows, sum(len(piece.ids) * piece.stop for piece in slices) / 1000, keys))
         self._seen += 1
         if self._seen == 0:
             return
         if self._seen > 1:
-            seconds = min(seconds, self.OUTLIER * float(point @ self.terms))
-        scale = seconds / float(point @ self.START)
-        self._scale += (scale - self._scale) / min(self._seen, self.MEMORY)
+            seconds = min(seconds, self.OUTLIER * float(point @ self._terms))
+        self._scale += (seconds / float(point @ self._start) - self._scale) / min(self._seen, self.MEMORY)
         weighted = point / seconds
         self._matrix = self._matrix * (1 - 1 / self.MEMORY) + np.outer(weighted, weighted)
         self._vector = self._vector * (1 - 1 / self.MEMORY) + weighted
-        start = self.WEIGHT * self.POINTS / (self.POINTS @ self.START * self._scale)[:, None]
-        self.terms = _solved(self._matrix + start.T @ start, self._vector + self.WEIGHT * start.sum(0))
+
+    @property
+    def terms(self) -> Floats:
+        """Seconds: once, a row, a row beyond the free ones, 1,000 keys, a row over 1,000 keys."""
+        if self._seen >= self._fitted + (self.ANEW if self._seen > self.MEMORY else 1):
+            start = self.WEIGHT * self._guessed / (self._guessed @ self._start * self._scale)[:, None]
+            self._terms = _solved(self._matrix + start.T @ start, self._vector + self.WEIGHT * start.sum(0))
+            self._fitted = self._seen
+        return self._terms
+
+    def settle(self) -> None:
+        """What was seen so far becomes the guess: forwards of all kinds were run to that end."""
+        self._start, self._scale = self.terms, 1.0
 
     def curve(self, rows: int, keys: int) -> Callable[[int], float]:
         """What a forward of `rows` rows, of which some are of a sequence over `keys` keys, takes in seconds with
-        so many further rows of that sequence."""
-        once, row, key, pair = (float(term) for term in self.terms)
-        fixed, more = once + (key + pair) * keys / 1000, pair * keys / 1000
-        return lambda further: fixed + row * max(rows + further, self.FREE) + more * further
+        so many further rows of that sequence. Convex."""
+        once, row, beyond, key, pair = (float(term) for term in self.terms)
+        fixed, more = once + row * rows + (key + pair) * keys / 1000, row + pair * keys / 1000
+        room = self.free - rows
+        return lambda further: fixed + more * further + beyond * max(0, further - room)
 
 
 def _solved(matrix: Floats, vector: Floats) -> Floats:
@@ -73,4 +90,5 @@ def _solved(matrix: Floats, vector: Floats) -> Floats:
         del kept[int(fitted.argmin())]
     terms = np.zeros(len(vector))
     terms[kept] = fitted
-    return np.maximum(terms, [1e-9, 0.0, 0.0, 0.0])
+    terms[0] = max(terms[0], 1e-9)
+    return np.maximum(terms, 0.0)

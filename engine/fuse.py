@@ -23,6 +23,7 @@ from longstride.engine.cache import LayerShape
 from longstride.errors import ModelError
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+FREE_ROWS = 5  # where the layers are not compiled; a guess
 PACK_ROWS = 32  # a hint to oneDNN: the rows of input to lay the weight out for
 PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
@@ -110,6 +111,12 @@ def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
                 if child is not head:  # it sees the rows whose logits are wanted only
                     products[product.name] = product
     return products
+
+
+def rows_at_once(model: Any) -> int:
+    """Rows of a forward that share a pass over the weights: their products are done while these are on their way."""
+    compiled = (block.native for block in model.modules() if isinstance(block, Block))
+    return next((layers.library.rows for layers in compiled if layers is not None), FREE_ROWS)
 
 
 def _join(blocks: Sequence["Block"], model: Any) -> None:

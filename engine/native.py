@@ -52,11 +52,13 @@ class _Span(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """One build of native.h. `dtype`: of the cache and of what goes into a product; `panel`: outputs side by side."""
+    """One build of native.h. `dtype`: of the cache and of what goes into a product; `panel`: outputs side by side;
+    `rows`: of input that share a pass over the weights."""
 
     name: str
     dtype: torch.dtype
     panel: int
+    rows: int
     calls: Any
 
     @property
@@ -72,15 +74,15 @@ class Library:
         return padded.view(-1, self.panel, inputs // pair, pair).transpose(1, 2).contiguous()
 
 
-# best first: name, dtype, panel, what the processor must have
+# best first: name, dtype, panel, rows, what the processor must have
 _BUILDS = (
-    ("bf16", torch.bfloat16, 32, ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")),
-    ("avx512", torch.float32, 32, ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")),
-    ("avx2", torch.float32, 16, ("avx2",)),  # whatever has it has FMA and F16C
+    ("bf16", torch.bfloat16, 32, 12, ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")),
+    ("avx512", torch.float32, 32, 12, ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")),
+    ("avx2", torch.float32, 16, 6, ("avx2",)),  # whatever has it has FMA and F16C
 )
 
 
-def _load(name: str, dtype: torch.dtype, panel: int, needs: Sequence[str]) -> Library | None:
+def _load(name: str, dtype: torch.dtype, panel: int, rows: int, needs: Sequence[str]) -> Library | None:
     """A build, or None where it was not made or this processor lacks its instructions."""
     spec = importlib.util.find_spec(f"longstride.engine._native_{name}")
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -98,7 +100,7 @@ def _load(name: str, dtype: torch.dtype, panel: int, needs: Sequence[str]) -> Li
     calls.longstride_layers.argtypes = [
         Pointer, number, Pointer, long, Pointer, Pointer, Pointer, number, Pointer, number, Pointer, number
     ]  # fmt: skip
-    return Library(name, dtype, panel, calls)
+    return Library(name, dtype, panel, rows, calls)
 
 
 LIBRARIES = tuple(filter(None, (_load(*build) for build in _BUILDS)))

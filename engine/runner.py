@@ -10,11 +10,11 @@ import torch
 from longstride.engine.attention import IMPLEMENTATION, Slice
 from longstride.engine.cache import CacheLayout, KVCache, LayerShape
 from longstride.engine.costs import StepCosts
-from longstride.engine.fuse import Adapted, fuse
+from longstride.engine.fuse import Adapted, fuse, rows_at_once
 from longstride.engine.native import Span
 from longstride.errors import ModelError
 
-CALIBRATION_ROWS, CALIBRATION_NEW = 1024, 16
+CALIBRATION_ROWS = 1024
 
 
 class ModelRunner:
@@ -41,7 +41,7 @@ class ModelRunner:
         self.adapted = Adapted()
         self.layout = self._probe()
         self.products = fuse(model, self.adapted)
-        self.costs = StepCosts()
+        self.costs = StepCosts(rows_at_once(model))
         self.forwards = 0
         self.tokens = 0
 
@@ -83,15 +83,17 @@ class ModelRunner:
         return {"inputs_embeds": embeddings}
 
     def calibrate(self) -> None:
-        """Run a few forwards, so that what a step costs here is known before the first draft: one row and some, over
-        nothing and over `CALIBRATION_ROWS` keys."""
-        cache = KVCache(self.layout, CALIBRATION_ROWS + CALIBRATION_NEW, initial=CALIBRATION_ROWS + CALIBRATION_NEW)
+        """Run a few forwards, so that what a step costs here is known before the first draft: one row, those that cost
+        little and some more, over nothing and over `CALIBRATION_ROWS` keys."""
+        most = 2 * self.costs.free
+        cache = KVCache(self.layout, CALIBRATION_ROWS + most, initial=CALIBRATION_ROWS + most)
         for buffer in (*cache.keys, *cache.values):
             buffer.zero_()
         for _ in range(4):
-            for row in (0, min(CALIBRATION_ROWS, self.max_positions - CALIBRATION_NEW)):
-                for new in (1, CALIBRATION_NEW):
+            for row in (0, max(0, min(CALIBRATION_ROWS, self.max_positions - most))):
+                for new in (1, self.costs.free, most):
                     self.forward([Slice(cache, [0] * new, range(row, row + new), row, logits=new)])
+        self.costs.settle()
 
     def forward(self, slices: Sequence[Slice]) -> list[torch.Tensor]:
         """Compute the slices together; returns for each its `logits` last rows [logits, vocabulary].

@@ -1,7 +1,7 @@
 """Logits to token: greedy, temperature, top-k, top-p, min-p, repetition penalty, seed, banned ids."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,15 +68,21 @@ class Sampler:
 
         `context`: the tokens the penalty looks at.
         """
+        return self._penalized(self._allowed(logits.clone()), context)
+
+    @torch.inference_mode()
+    def _allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] in fp32 on the CPU without banned tokens; in place where they are there already."""
         scores = logits.float().cpu()
-        if self._banned.numel():
-            scores = scores.index_fill(0, self._banned, -math.inf)
-        if self.penalizes and context:
-            seen = torch.tensor(sorted(set(context)), dtype=torch.long)
-            held = scores[seen]
-            penalty = self.sampling.repetition_penalty
-            scores = scores.index_copy(0, seen, torch.where(held < 0, held * penalty, held / penalty))
-        return scores
+        return scores.index_fill_(-1, self._banned, -math.inf) if self._banned.numel() else scores
+
+    def _penalized(self, scores: torch.Tensor, context: Sequence[int]) -> torch.Tensor:
+        if not self.penalizes or not context:
+            return scores
+        seen = torch.tensor(sorted(set(context)), dtype=torch.long)
+        held = scores[seen]
+        penalty = self.sampling.repetition_penalty
+        return scores.index_copy(0, seen, torch.where(held < 0, held * penalty, held / penalty))
 
     def distribution(self, scores: torch.Tensor) -> torch.Tensor:
         """Probabilities [vocabulary] after temperature (above 0), top-k, top-p and min-p, in this order."""
@@ -97,8 +103,20 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor, context: Sequence[int] = ()) -> Choice:
         """The next token for `logits` [vocabulary]."""
-        scores = self.process(logits, context)
-        if self.sampling.temperature == 0:
-            return Choice(int(scores.argmax()), scores)
-        probabilities = self.distribution(scores)
-        return Choice(int(torch.multinomial(probabilities, 1, generator=self._generator)), probabilities.log())
+        return self.chooser(logits[None].clone())(0, context)
+
+    def chooser(self, logits: torch.Tensor) -> Callable[[int, Sequence[int]], Choice]:
+        """What chooses a token for a row of `logits` [rows, vocabulary] behind a context; it takes them over."""
+        scores = self._allowed(logits)
+        best = scores.argmax(-1).tolist() if self.sampling.temperature == 0 and not self.penalizes else None
+
+        def choose(row: int, context: Sequence[int]) -> Choice:
+            if best is not None:
+                return Choice(best[row], scores[row])
+            own = self._penalized(scores[row], context)
+            if self.sampling.temperature == 0:
+                return Choice(int(own.argmax()), own)
+            probabilities = self.distribution(own)
+            return Choice(int(torch.multinomial(probabilities, 1, generator=self._generator)), probabilities.log())
+
+        return choose

@@ -17,6 +17,7 @@ from longstride.engine.sampling import Choice, Sampler, Sampling
 from longstride.engine.sequence import Sequence as Cached
 
 DEEPEST = 32
+QUIET, PROBE = 12, 3  # steps without a drafted token that was right, after which only every third looks for drafts
 
 
 class Decoding:
@@ -45,12 +46,16 @@ class Decoding:
         self._prompt = list(prompt)
         sequence.company = (0, 0)
         self.proposal: Draft | None = None  # what the next step verifies
+        self._missed = 0  # steps since a drafted token was right
 
     def draft(self, depth: int, costs: StepCosts) -> None:
         """Propose what the next step may verify, at most `depth` tokens deep; those that shared the last forward are
         taken to share the next."""
         if self.drafter is None:
             return
+        self.proposal, self.sequence.draft = None, ()
+        if self._missed >= QUIET and self._missed % PROBE:
+            return  # looking it up costs something too
         context, cache = self.sequence.context, self.sequence.cache
         texts, rows = self.sequence.company
         # what is due besides the last token is computed anyway: a drafted token saves a step, not a part of this one
@@ -75,10 +80,11 @@ class Decoding:
         self.steps += 1
         self.drafted += nodes
         node = self.proposal.root if self.proposal is not None else None
+        choose = self.sampler.chooser(logits)
         path: list[Node] = []
         row = 0
         while True:
-            choice = self.sampler.choose(logits[row], self._prompt + self.tokens if self.sampler.penalizes else ())
+            choice = choose(row, self._prompt + self.tokens if self.sampler.penalizes else ())
             if node is not None and self.drafter is not None:
                 self.drafter.observe(node, choice.token)
             if choice.token in self.ends:
@@ -94,6 +100,7 @@ class Decoding:
             path.append(node)
             row = 1 + node.row
         self.accepted += len(path)
+        self._missed = 0 if path else self._missed + 1
         self.sequence.keep(path)
         if not self.ended:
             self.sequence.context.append(self.tokens[-1:])

@@ -32,14 +32,14 @@ def test_one_that_cannot_be_loaded_is_told_and_done_without(monkeypatch, caplog)
         raise OSError("undefined symbol: GOMP_parallel")
 
     monkeypatch.setattr(native.ctypes, "CDLL", refuse)
-    assert native._load("avx2", torch.float32, 16, ("avx2",)) is None
+    assert native._load("avx2", torch.float32, 16, 6, ("avx2",)) is None
     assert "undefined symbol: GOMP_parallel" in caplog.text
 
 
 def test_a_build_for_other_processors_is_not_taken(monkeypatch):
     monkeypatch.setattr(native.torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True})
-    assert native._load("avx2", torch.float32, 16, ("avx2",)) is not None
-    assert native._load("avx512", torch.float32, 32, ("avx512_f", "avx512_bw")) is None
+    assert native._load("avx2", torch.float32, 16, 6, ("avx2",)) is not None
+    assert native._load("avx512", torch.float32, 32, 12, ("avx512_f", "avx512_bw")) is None
 
 
 def halved(*shape, seed=0):
