@@ -12,7 +12,7 @@ from itertools import count
 
 import numpy as np
 
-from longstride.engine.history import GAP, WINDOW, History
+from longstride.engine.history import GAP, WINDOW, History, hashes
 
 MOST_NODES = 48
 LEAST = 0.02  # a token less probable than this is never drafted
@@ -168,8 +168,9 @@ class Drafter:
         found: list[Place] = []
         follow: list[list[int]] = []
         longest: Lead | None = None
+        keys = hashes(np.asarray(tail[-WINDOW:], np.int32))
         for history in (self.view, self.said, self.read):
-            places, lengths = history.matches(tail)
+            places, lengths = history.matches(tail, keys)
             if not len(places):
                 continue
             found += [(len(follow) + i, length, False) for i, length in enumerate(lengths.tolist())]

@@ -6,12 +6,26 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
 WINDOW = 32  # a match longer than this is as good as this
 LEVELS = (1, 2, 4, 8, 16)  # tokens that are hashed together
 CHAIN = 16  # occurrences looked at, a level
 GAP = -1  # stands between texts that do not continue one another
 SMALL = 10  # bits of the smallest hash table
 MIX = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
+
+
+def hashes(ids: npt.NDArray[np.int32]) -> list[Hashes]:
+    """For each level a hash of the last k ids, for every place in `ids` that has k ids up to it."""
+    now = (ids.astype(np.int64) + 2).astype(np.uint64) * np.uint64(MIX[0])
+    width, found = 1, []
+    for level in LEVELS:
+        while width < level:
+            # arithmetic is modulo 2^64; a longer hash is two shorter ones side by side
+            now = now[width:] * np.uint64(MIX[1]) + (now[:-width] ^ (now[:-width] >> np.uint64(29)))
+            width *= 2
+        found.append((now ^ (now >> np.uint64(32))) * np.uint64(MIX[0]))
+    return found
 
 
 class History:
@@ -61,24 +75,11 @@ class History:
         ids[:used], before[:, :used] = self._ids[:used], self._before[:, :used]
         self._ids, self._before = ids, before
 
-    def _slots(self, ids: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
-        """For each level the slots of the last k ids, for every place in `ids` that has k ids up to it."""
-        hashes = (ids.astype(np.int64) + 2).astype(np.uint64) * np.uint64(MIX[0])
-        width, found = 1, []
-        for level in LEVELS:
-            while width < level:
-                # arithmetic is modulo 2^64; a longer hash is two shorter ones side by side
-                hashes = hashes[width:] * np.uint64(MIX[1]) + (hashes[:-width] ^ (hashes[:-width] >> np.uint64(29)))
-                width *= 2
-            mixed = (hashes ^ (hashes >> np.uint64(32))) * np.uint64(MIX[0])
-            found.append((mixed >> np.uint64(64 - self._bits)).astype(np.int64))
-        return found
-
     def _chain(self, start: int) -> None:
         """Enter positions from `start` on."""
         first = max(0, start - max(LEVELS) + 1)
-        for level, found in enumerate(self._slots(self._ids[first : self.size])):
-            new = found[max(0, start - (self.size - len(found))) :]
+        for level, found in enumerate(hashes(self._ids[first : self.size])):
+            new = self._slots(found[max(0, start - (self.size - len(found))) :])
             if not len(new):
                 continue
             before, latest = self._before[level], self._latest[level]
@@ -89,19 +90,24 @@ class History:
             before[places[again]] = places[again - 1]
             latest[slots] = places  # of equal slots the last assignment stands
 
-    def matches(self, tail: Sequence[int]) -> tuple[Ints, Ints]:
+    def _slots(self, found: Hashes) -> Ints:
+        return (found >> np.uint64(64 - self._bits)).astype(np.int64)
+
+    def matches(self, tail: Sequence[int], found: Sequence[Hashes] | None = None) -> tuple[Ints, Ints]:
         """Where the end of `tail` occurs, longest first and then latest first: (place after it, length up to WINDOW).
+        `found`: its `hashes`, where they are at hand.
 
         Occurrences at the very end, which nothing follows, are left out; at most `CHAIN` are looked at for each level,
         so a match of k tokens for any k of `LEVELS` is found if there is one.
         """
         wanted = np.asarray(tail[-WINDOW:], np.int32)
         places: dict[int, None] = {}
-        slots = self._slots(wanted) if self._bits and len(wanted) >= LEVELS[0] else []
+        if self._bits and found is None:
+            found = hashes(wanted)
         for level in range(len(LEVELS) - 1, -1, -1):
-            if level >= len(slots) or not len(slots[level]):
+            if not self._bits or found is None or not len(found[level]):
                 continue
-            before, place = self._before[level], int(self._latest[level, slots[level][-1]])
+            before, place = self._before[level], int(self._latest[level, int(found[level][-1]) >> (64 - self._bits)])
             for _ in range(CHAIN):
                 if place < 0:
                     break

@@ -7,11 +7,12 @@ rows that come back; this loop knows none of these kinds. Waiting sequences shar
 
 import asyncio
 import contextlib
+import logging
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ from longstride.engine.sequence import Sequence
 from longstride.errors import Busy
 
 T = TypeVar("T")
+log = logging.getLogger("longstride")
 Accept = Callable[[torch.Tensor | None], Any]
 BESIDE = 8  # the part of the budget that a forward may use while someone is being answered
 ANSWERING_S = 0.25  # how long after a decoded token that is taken to be so
@@ -214,6 +216,18 @@ async def ended(future: "asyncio.Future[T]") -> None:
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([future])
+
+
+async def finished(work: Awaitable[T]) -> T:
+    """Await `work` to its end even when cancelled meanwhile; the cancellation is raised afterwards."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await ended(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("a cancelled session could not be saved: %s", task.exception())
+        raise
 
 
 async def _settled(future: "Future[T]") -> T:

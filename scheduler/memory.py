@@ -29,7 +29,7 @@ class StreamMemory:
         if passages:
             self._splitter.start = passages[-1].stop
             self._characters = passages[-1].last_char
-        self.learn(passages)
+        self.learn(passages, len(self.stream))
         for text in answers:
             self.texts.begin(self._tokenizer.encode(text))
 
@@ -42,20 +42,21 @@ class StreamMemory:
             self._characters += size
         return out
 
-    def learn(self, passages: list[StreamPassage]) -> None:
-        """Take the stream's new passages into the index and its new tokens into the drafts. Blocks."""
+    def learn(self, passages: list[StreamPassage], tokens: int) -> None:
+        """Take the stream's new passages into the index and its new tokens into the drafts, up to `tokens`: what is
+        being read behind them may be taken back. Blocks."""
         if passages:
             self.index.add([(p.start, p.stop, p.first_char, p.last_char) for p in passages])
         if self._drafts:
-            self._catch_up()
+            self._catch_up(tokens)
 
-    def _catch_up(self) -> None:
-        self.texts.read.extend(self.stream[self.texts.read.size :])
+    def _catch_up(self, tokens: int) -> None:
+        self.texts.read.extend(self.stream[self.texts.read.size : tokens])
 
     def drafter(self, drafting: str) -> Drafter | None:
         """What an answer's drafts come from: this session's own texts; None where drafting is off."""
         if drafting == "off":
             return None
         self.texts.branches = drafting == "tree"
-        self._catch_up()  # nothing, unless the session drafts rarely
+        self._catch_up(len(self.stream))  # nothing, unless the session drafts rarely
         return self.texts

@@ -4,10 +4,10 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlite_utils import Database as Tables
 
@@ -21,12 +21,13 @@ from longstride.scheduler.adapters import check_adapter, refresh_of
 from longstride.scheduler.answer import Answer, Note, Piece, ReadReport, ResumeReport
 from longstride.scheduler.bookmarks import Unread, unread
 from longstride.scheduler.core import Also, Change, Core
-from longstride.scheduler.device import ended
+from longstride.scheduler.device import finished
 from longstride.scheduler.marks import Marks
 from longstride.scheduler.memory import StreamMemory
 from longstride.scheduler.pieces import StoredPieces
 from longstride.scheduler.settings import SessionSettings, changed_for_answer
 from longstride.scheduler.snapshot import Snapshot
+from longstride.scheduler.storing import Storing, all_ended
 from longstride.scheduler.turn import Turn
 from longstride.scheduler.view import View
 from longstride.scheduler.windows import new_window
@@ -37,16 +38,8 @@ log = logging.getLogger("longstride")
 RECALLED = 64  # earlier answers that drafts are taken from after a restart
 
 
-async def finished(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` to its end even when cancelled meanwhile; the cancellation is raised afterwards."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await ended(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.warning("a cancelled session could not be saved: %s", task.exception())
-        raise
+async def _at_once() -> None:
+    """Nobody waits to go on."""
 
 
 def _told(also: Also[int], read: int, tables: Tables) -> None:
@@ -213,21 +206,31 @@ class Session:
             if notes_every is not None and ids and self.tokens and self.tokens % notes_every == 0:
                 report.notes += await self._missing_note()
             at = 0
-            while at < len(ids):
-                # the window slides when the next token does not fit, however the text was cut: what a session sees
-                # depends on its stream alone
-                report.slides += await self._make_room(1 + self.headroom)
-                size = min(self.core.device.budget_tokens, self.sequence.context.room - self.headroom)
-                if notes_every is not None:
-                    size = min(size, notes_every - self.tokens % notes_every)
-                chunk = ids[at : at + size]
-                at += len(chunk)
-                await self._read(chunk)
-                report.blocks += await finished(self._save(chunk, None if also is None else partial(_told, also, at)))
-                if progress is not None:
-                    progress(len(chunk))
-                if notes_every is not None and self.tokens % notes_every == 0:
-                    report.notes.append(Note(self.tokens, await notes.note(self)))
+            storing: list[Storing] = []  # chunks on their way to the database while the next is computed
+            try:
+                while at < len(ids):
+                    # the window slides when the next token does not fit, however the text was cut: what a session
+                    # sees depends on its stream alone
+                    if self.view.slid(1 + self.headroom) is not None:
+                        await all_ended(storing, report, progress)
+                    report.slides += await self._make_room(1 + self.headroom)
+                    size = min(self.core.device.budget_tokens, self.sequence.context.room - self.headroom)
+                    if notes_every is not None:
+                        size = min(size, notes_every - self.tokens % notes_every)
+                    chunk = ids[at : at + size]
+                    at += len(chunk)
+                    await self._read(chunk)
+                    told = None if also is None else partial(_told, also, at)
+                    storing.append(Storing(partial(self._save, chunk, told), len(chunk), storing[-1:]))
+                    await storing[-1].copied.wait()
+                    await all_ended(storing, report, progress, but=1)
+                    if notes_every is not None and self.tokens % notes_every == 0:
+                        await all_ended(storing, report, progress)
+                        report.notes.append(Note(self.tokens, await notes.note(self)))
+                await all_ended(storing, report, progress)
+            finally:
+                for chunk_stored in storing:  # something else went wrong, or this was cancelled
+                    await chunk_stored.left()
             report.encoded = self.sequence.computed - before
         report.seconds = time.perf_counter() - started
         return report
@@ -262,22 +265,23 @@ class Session:
             self.sequence.take_back(len(chunk))
             raise
 
-    async def _save(self, chunk: list[int], also: Change | None) -> int:
+    async def _save(self, chunk: list[int], also: Change | None, copied: Callable[[], Awaitable[None]]) -> int:
         """`_commit`. If it fails, memory is ahead of the database and the session must be opened again."""
         try:
-            return await self._commit(chunk, also)
+            return await self._commit(chunk, also, copied)
         except BaseException as error:
             self.fail(error)
             raise
 
-    async def _commit(self, chunk: list[int], also: Change | None) -> int:
-        """Store a chunk's ids, passages and full blocks in one transaction, and `also`; returns the blocks stored."""
+    async def _commit(self, chunk: list[int], also: Change | None, copied: Callable[[], Awaitable[None]]) -> int:
+        """Store a chunk's ids, passages and full blocks in one transaction, and `also`; returns the blocks stored.
+        `copied` is awaited where the session may go on."""
+        core, tokens = self.core, self.tokens
         passages = self.memory.new_passages()
         blocks = await self.snapshot.new_blocks()
-        start, packed, window = self.tokens - len(chunk), array("I", chunk).tobytes(), self.window_start
-        core = self.core
-
+        start, packed, window = tokens - len(chunk), array("I", chunk).tobytes(), self.window_start
         stale, keep = self.snapshot.take_stale(), set(self.snapshot.ids)
+        await copied()
 
         def change(tables: Tables) -> int:
             core.sessions.append(tables, self.id, start, packed, passages, window)
@@ -287,7 +291,7 @@ class Session:
             return core.blocks.put(tables, blocks, self.id, keep)
 
         stored = await core.sessions.database.awrite(change)
-        await asyncio.to_thread(self.memory.learn, passages)
+        await asyncio.to_thread(self.memory.learn, passages, tokens)
         return stored
 
     def close(self, why: str) -> None:
@@ -376,7 +380,7 @@ class Session:
     async def remember(self, ids: list[int], also: Change) -> None:
         """Make a finished turn's ids (already in the context) part of the stream; `also` is stored with them."""
         self.stream.extend(ids)
-        await finished(self._save(ids, also))
+        await finished(self._save(ids, also, _at_once))
 
     def save_window(self, tables: Tables) -> None:
         """Store where the context begins, which a turn may have moved; inside the caller's transaction."""

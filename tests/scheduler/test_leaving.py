@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from longstride.errors import StorageError
-from longstride.scheduler.session import finished
+from longstride.scheduler.device import finished
 from tests.scheduler.test_session import TEXT, opened
 
 
@@ -185,3 +185,41 @@ async def test_opening_a_session_does_not_hold_up_another(tmp_path, monkeypatch)
         assert not opening.done()
         free.set()
         assert (await opening).name == "long"
+
+
+async def test_what_was_read_is_stored_also_where_whoever_hears_of_it_fails(tmp_path):
+    """A chunk is computed while the one before is stored: what memory holds afterwards is what the database holds."""
+    async with opened(tmp_path, budget_tokens=16) as assistant:
+        session = await assistant.session("s")
+
+        def fail(_tokens):
+            raise RuntimeError("nobody listens")
+
+        with pytest.raises(RuntimeError, match="nobody listens"):
+            await session.feed_ids(list(range(100)), progress=fail)
+        assert 16 <= session.tokens < 100
+        read = session.tokens
+        assert assistant.sessions.get("s").tokens == read
+        await session.feed_ids(list(range(read, 100)))
+        assert list(session.stream) == list(range(100))
+        assert session.healthy
+
+
+async def test_no_chunk_is_stored_behind_one_that_could_not_be(tmp_path, monkeypatch):
+    async with opened(tmp_path, budget_tokens=16) as assistant:
+        session, told = await assistant.session("s"), []
+        append, calls = assistant.sessions.append, iter(range(100))
+
+        def full(*arguments):
+            if next(calls) == 2:
+                raise StorageError("the disk is full")
+            append(*arguments)
+
+        monkeypatch.setattr(assistant.sessions, "append", full)
+        with pytest.raises(StorageError, match="the disk is full"):
+            await session.feed_ids(list(range(100)), progress=told.append)
+        assert told == [16, 16]
+        assert assistant.sessions.get("s").tokens == 32
+        assert not session.healthy
+        again = await assistant.session("s")
+        assert list(again.stream) == list(range(32))
