@@ -160,8 +160,8 @@ class Drafter:
         beside: int = 0,
     ) -> Draft:
         """What may follow `tail`: at most `depth` tokens deep and `most` in all, as many as make the expected tokens a
-        second largest, where a forward with so many drafted tokens takes `cost` (convex) and brings a token to `beside`
-        other texts. A draft without nodes: it does not pay.
+        second largest, where a forward with so many drafted tokens takes `cost` (convex from one on) and brings a token
+        to `beside` other texts. A draft without nodes: it does not pay.
         """
         self.said.extend(self._new)
         self._new = []
@@ -195,9 +195,10 @@ class Drafter:
             if not waiting or len(taken) == min(most, MOST_NODES) or depth < 1:
                 break
             node = heapq.heappop(waiting)[2]
-            # the next most probable token; when it is not worth its cost, none of the others is
-            now, then = cost(len(taken)), cost(len(taken) + 1)
-            if node.probability < LEAST or node.probability * now <= expected * (then - now):
+            # the next most probable token; when it is not worth its cost, none of the others is (what it costs that
+            # there is a draft at all is left to the end)
+            now, step = cost(len(taken)), cost(max(1, len(taken)) + 1) - cost(max(1, len(taken)))
+            if node.probability < LEAST or node.probability * now <= expected * step:
                 break
             taken.append(node)
             expected += node.probability

@@ -12,6 +12,8 @@ LEVELS = (1, 2, 4, 8, 16)  # tokens that are hashed together
 CHAIN = 16  # occurrences looked at, a level
 GAP = -1  # stands between texts that do not continue one another
 SMALL = 10  # bits of the smallest hash table
+FEW = 12  # ids that are entered one by one
+WHOLE = (1 << 64) - 1
 MIX = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
 
 
@@ -78,6 +80,9 @@ class History:
     def _chain(self, start: int) -> None:
         """Enter positions from `start` on."""
         first = max(0, start - max(LEVELS) + 1)
+        if self.size - start <= FEW and start >= max(LEVELS):
+            self._chain_few(start, self._ids[first : self.size].tolist())
+            return
         for level, found in enumerate(hashes(self._ids[first : self.size])):
             new = self._slots(found[max(0, start - (self.size - len(found))) :])
             if not len(new):
@@ -89,6 +94,21 @@ class History:
             again = np.flatnonzero(slots[1:] == slots[:-1]) + 1
             before[places[again]] = places[again - 1]
             latest[slots] = places  # of equal slots the last assignment stands
+
+    def _chain_few(self, start: int, ids: list[int]) -> None:
+        """Enter the last of `ids`, in plain integers: for a few, arrays cost more than what they hold."""
+        now = [(id_ + 2) * MIX[0] & WHOLE for id_ in ids]
+        width = 1
+        for level, length in enumerate(LEVELS):
+            while width < length:
+                pairs = zip(now[width:], now, strict=False)
+                now = [(later * MIX[1] + (earlier ^ earlier >> 29)) & WHOLE for later, earlier in pairs]
+                width *= 2
+            before, latest = self._before[level], self._latest[level]
+            for place, hash_ in enumerate(now[start - self.size :], start):
+                slot = ((hash_ ^ hash_ >> 32) * MIX[0] & WHOLE) >> (64 - self._bits)
+                before[place] = latest[slot]
+                latest[slot] = place
 
     def _slots(self, found: Hashes) -> Ints:
         return (found >> np.uint64(64 - self._bits)).astype(np.int64)

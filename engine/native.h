@@ -491,31 +491,6 @@ static INLINE void score_few(int R, const Number *keys, const Number *values, co
     }
 }
 
-static INLINE void weigh_few(int R, const Number *values, const int32_t *rows, long count, long size, const float *weights,
-                             float *out, long stride) {
-    const int span = R <= ALONE / 2 ? LANES / 8 : 1; /* panels of columns at once: as the registers allow */
-    for (long column = 0; column < size; column += span * PANEL) {
-        Vector sums[ALONE][LANES / 4];
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < 2 * span; v++) sums[r][v] = V(setzero)();
-        for (long k = 0; k < count; k += PAIR) {
-            const Number *one = values + rows[k] * size, *other = other_of(values, rows, k, count, size);
-            UNROLL for (int p = 0; p < span; p++) {
-                long at = column + p * PANEL;
-                if (at >= size) break;
-                Vector low, high;
-                columns_of(one + at, other ? other + at : 0, size - at, &low, &high);
-                UNROLL for (int r = 0; r < R; r++) {
-                    Vector weight = V(set1)(weights[r * CHUNK + k / PAIR]);
-                    sums[r][2 * p] = dot(sums[r][2 * p], weight, low);
-                    sums[r][2 * p + 1] = dot(sums[r][2 * p + 1], weight, high);
-                }
-            }
-        }
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < 2 * span; v++)
-            if (column + v * LANES < size) V(storeu)(out + r * stride + column + v * LANES, sums[r][v]);
-    }
-}
-
 /* Scores [CHUNK] of a token over the keys from..to become weights, in place; returns their sum and the largest score. */
 static void weigh(const Slice *slice, long token, long past, long from, long to, float *scores, float *sum, float *most) {
     long among = slice->mask ? past + slice->n - slice->width : past; /* first key that a mask is about */
@@ -544,7 +519,15 @@ typedef struct {
     long rows, count;
     float *scores, *part;
     long stride; /* of `part`: outputs, the weights' sum, the largest score */
+    const char *soon; /* keys that this thread attends to next, */
+    long lines;       /* so many lines of the cache */
 } Attention;
+
+/* Have a share of the next keys on their way, while nothing else is fetched: the part `done` of `of`. */
+static INLINE void fetch_soon(const Attention *a, long done, long of) {
+    for (long line = a->lines * done / of; line < a->lines * (done + 1) / of; line++)
+        _mm_prefetch(a->soon + 64 * line, _MM_HINT_T1);
+}
 
 /* What becomes of a row's scores: see `weigh`. */
 typedef struct {
@@ -555,14 +538,45 @@ typedef struct {
 static void weigh_all(const Attention *a, const Sight *s) {
     for (long r = 0; r < a->rows; r++) {
         float *end = a->part + r * a->stride + a->stride - 2;
+        if (a->rows > ALONE) fetch_soon(a, r, a->rows);
         weigh(s->slice, s->first + r / s->group, s->past, s->from, s->to, a->scores + r * CHUNK, end, end + 1);
+    }
+}
+
+static INLINE void weigh_few(int R, long size, const Attention *a) {
+    const Number *values = a->values;
+    const int32_t *rows = a->seen;
+    const float *weights = a->scores;
+    float *out = a->part;
+    long count = a->count, stride = a->stride;
+    const int span = R <= ALONE / 2 ? LANES / 8 : 1; /* panels of columns at once: as the registers allow */
+    for (long column = 0; column < size; column += span * PANEL) {
+        Vector sums[ALONE][LANES / 4];
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < 2 * span; v++) sums[r][v] = V(setzero)();
+        for (long k = 0; k < count; k += PAIR) {
+            if (column == 0) fetch_soon(a, k / PAIR, up(count, PAIR));
+            const Number *one = values + rows[k] * size, *other = other_of(values, rows, k, count, size);
+            UNROLL for (int p = 0; p < span; p++) {
+                long at = column + p * PANEL;
+                if (at >= size) break;
+                Vector low, high;
+                columns_of(one + at, other ? other + at : 0, size - at, &low, &high);
+                UNROLL for (int r = 0; r < R; r++) {
+                    Vector weight = V(set1)(weights[r * CHUNK + k / PAIR]);
+                    sums[r][2 * p] = dot(sums[r][2 * p], weight, low);
+                    sums[r][2 * p + 1] = dot(sums[r][2 * p + 1], weight, high);
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < 2 * span; v++)
+            if (column + v * LANES < size) V(storeu)(out + r * stride + column + v * LANES, sums[r][v]);
     }
 }
 
 static INLINE void attend_few(int R, long size, const Attention *a, const Sight *s) {
     score_few(R, a->keys, a->values, a->seen, a->count, size, (const float *)a->query, a->scores);
     weigh_all(a, s);
-    weigh_few(R, a->values, a->seen, a->count, size, a->scores, a->part, a->stride);
+    weigh_few(R, size, a);
 }
 
 static INLINE void attend_many(long size, const Attention *a, const Sight *s, float *panels) {
@@ -596,17 +610,40 @@ static INLINE void attend_sized(long size, const Attention *a, const Sight *s, f
 static long panels_at(const Layer *layer) { return TILE * (layer->heads / layer->kv_heads) * CHUNK; }
 static long room(const Layer *layer) { return panels_at(layer) + CHUNK * up(layer->size, PANEL) * PANEL / PAIR; }
 
-/* A tile's rows of one KV head over the keys from..to: for each the unnormalised output, the weights' sum and the largest
-score. `query`: [tokens, group, size], scaled. */
-static void attend(const Layer *layer, const Tile *tile, long kv, long from, long to, const Number *query, float *own,
-                   float *part) {
+/* A task: a tile's rows of one KV head over a chunk of keys. */
+typedef struct {
+    const Tile *tile;
+    long kv, chunk, from, to;
+} Task;
+
+static Task task_of(const Layer *layer, const Tile *tiles, long number) {
+    while (number >= tiles[1].task) tiles++;
+    Task t = {tiles, (number - tiles->task) % layer->kv_heads, (number - tiles->task) / layer->kv_heads, 0, 0};
+    t.from = t.chunk * CHUNK;
+    t.to = least(t.from + CHUNK, tiles->keys);
+    return t;
+}
+
+/* Where a task's KV head begins in its cache's buffers. */
+static long start_of(const Layer *layer, const Task *task) { return task->kv * task->tile->slice->capacity * layer->size; }
+
+/* For each row the unnormalised output, the weights' sum and the largest score. `query`: [tokens, group, size], scaled;
+`next`: the thread's next task, or null. */
+static void attend(const Layer *layer, const Task *task, const Task *next, const Number *query, float *own, float *part) {
+    const Tile *tile = task->tile;
     const Slice *slice = tile->slice;
-    long size = layer->size, group = layer->heads / layer->kv_heads, start = kv * slice->capacity * size;
-    Number *const *buffers = slice->buffers + 2 * layer->index;
+    long size = layer->size, group = layer->heads / layer->kv_heads, from = task->from, to = task->to;
+    const Number *keys = slice->buffers[2 * layer->index] + start_of(layer, task);
+    const Number *values = slice->buffers[2 * layer->index + 1] + start_of(layer, task);
     int32_t seen[CHUNK];
     rows_of(slice, from, to, seen);
-    Attention a = {buffers[0] + start, buffers[1] + start, query, seen, tile->tokens * group, to - from, own, part,
-                   part_size(layer)};
+    Attention a = {keys, values, query, seen, tile->tokens * group, to - from, own, part, part_size(layer), 0, 0};
+    if (next) { /* its rows mostly stand side by side */
+        int32_t first;
+        rows_of(next->tile->slice, next->from, next->from + 1, &first);
+        a.soon = (const char *)(next->tile->slice->buffers[2 * layer->index] + start_of(layer, next) + first * size);
+        a.lines = (next->to - next->from) * size * (long)sizeof(Number) / 64;
+    }
     Sight s = {slice, tile->first, group, earlier(slice), from, to};
     if (size == 64) attend_sized(64, &a, &s, own + panels_at(layer)); /* the widespread size, with its loops unrolled */
     else attend_sized(size, &a, &s, own + panels_at(layer));
@@ -656,6 +693,7 @@ EXPORT long longstride_scratch(const Layer *layer, long rows, const Slice *slice
 }
 
 int omp_get_thread_num(void);
+int omp_get_num_threads(void);
 
 /* All threads of a team run a layer together. */
 static void run(const Layer *layer, float *x, long rows, const float *cosine, const float *sine, const Slice *slices,
@@ -687,14 +725,15 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
             put_all(slices[s].buffers[2 * layer->index + 1] + at, own + (heads + kv + h) * size, size);
         }
     }
-#pragma omp for schedule(dynamic, 1)
-    for (long task = 0; task < tiles[many].task; task++) {
-        const Tile *own = tiles;
-        while (task >= own[1].task) own++;
-        long chunk = (task - own->task) / kv, h = (task - own->task) % kv, from = chunk * CHUNK;
-        attend(layer, own, h, from, least(from + CHUNK, own->keys), query + (h * rows + own->row) * group * size,
+    long tasks = tiles[many].task, threads = omp_get_num_threads();
+#pragma omp for schedule(static, 1)
+    for (long number = 0; number < tasks; number++) {
+        Task task = task_of(layer, tiles, number), next = task;
+        if (number + threads < tasks) next = task_of(layer, tiles, number + threads);
+        const Tile *own = task.tile;
+        attend(layer, &task, number + threads < tasks ? &next : 0, query + (task.kv * rows + own->row) * group * size,
                scratch + place.own + omp_get_thread_num() * room(layer),
-               parts + own->part + (chunk * kv + h) * own->tokens * group * stride);
+               parts + own->part + (task.chunk * kv + task.kv) * own->tokens * group * stride);
     }
 #pragma omp for schedule(static)
     for (long task = 0; task < rows * heads; task++) {

@@ -83,17 +83,21 @@ class ModelRunner:
         return {"inputs_embeds": embeddings}
 
     def calibrate(self) -> None:
-        """Run a few forwards, so that what a step costs here is known before the first draft: one row, those that cost
-        little and some more, over nothing and over `CALIBRATION_ROWS` keys."""
+        """Run a few forwards, so that what a step costs here is known before the first draft: one row, two, those that
+        cost little and some more, over nothing and over `CALIBRATION_ROWS` keys."""
         most = 2 * self.costs.free
         cache = KVCache(self.layout, CALIBRATION_ROWS + most, initial=CALIBRATION_ROWS + most)
         for buffer in (*cache.keys, *cache.values):
             buffer.zero_()
-        for _ in range(4):
+        taken: dict[tuple[int, int], list[float]] = {}
+        for _ in range(6):
             for row in (0, max(0, min(CALIBRATION_ROWS, self.max_positions - most))):
-                for new in (1, self.costs.free, most):
+                for new in (1, 2, self.costs.free, most):
+                    started = time.perf_counter()
                     self.forward([Slice(cache, [0] * new, range(row, row + new), row, logits=new)])
-        self.costs.settle()
+                    taken.setdefault((new, row + new), []).append(time.perf_counter() - started)
+        # whatever else the machine does makes a forward slower, never faster
+        self.costs.measured([(*kind, min(seconds)) for kind, seconds in taken.items()])
 
     def forward(self, slices: Sequence[Slice]) -> list[torch.Tensor]:
         """Compute the slices together; returns for each its `logits` last rows [logits, vocabulary].

