@@ -1,12 +1,12 @@
 """Who may import whom (docs/architecture.md), from the code's own imports; files stay small."""
 
 import ast
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
@@ -82,7 +82,5 @@ def test_the_engine_needs_only_torch_and_transformers():
     code = f"import sys\nfor name in {hidden!r}: sys.modules[name] = None\n"
     modules = sorted(p.stem for p in (ROOT / "engine").glob("*.py") if p.stem != "__init__")
     code += "\n".join(f"import longstride.engine.{name}" for name in modules)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=False
-    )
+    done = run([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import sqlite3
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from longstride.cli import main as command_line
 from longstride.storage.database import Database
 from longstride.storage.documents import Documents
 from longstride.storage.sessions import Sessions
+from tests.processes import run
 from tests.storage.test_database import make_newer
 
 # importing torch takes seconds, so each command runs in a process forked from one that has imported it already
@@ -252,7 +252,7 @@ def test_debug_shows_the_traceback(folder):
 
 def test_the_module_runs_as_a_program(folder):
     line = [sys.executable, "-m", "longstride.cli.main", "sessions", "show", "nobody"]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    done = run(line, cwd=folder)
     assert_refused(Outcome(done.returncode, done.stdout, done.stderr), "no session 'nobody'")
 
 

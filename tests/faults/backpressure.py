@@ -23,7 +23,7 @@ from longstride import Assistant
 from longstride.service.settings import load_worker_settings
 from longstride.service.worker import Worker
 from tests.broker import Broker, peer
-from tests.faults.soak import SETTINGS, ended, fork
+from tests.faults.soak import SETTINGS, children, ended, fork, kill
 from tests.tiny import tiny_assistant_model
 
 ROOT, LIMIT, KEEPALIVE_S = "pressure", 200, 5
@@ -125,6 +125,8 @@ def run(folder: Path, seconds: float, times: float) -> list[str]:
         base.close()
         left = asyncio.run(what_is_left(broker))
     finally:
+        while children:  # something went wrong
+            kill(children[-1])
         broker.stop()
     print("memory, MB:", " ".join(f"{mb:.0f}" for mb in memory[:: max(1, len(memory) // 20)]))
     part = max(1, len(memory) // 5)

@@ -202,10 +202,14 @@ def check(db: Path, plan: list, replies: list[dict], dead: list[dict], expected:
     return wrong
 
 
+children: list[int] = []  # that were not seen to end
+
+
 def fork(work) -> int:
     sys.stdout.flush()
     child = os.fork()
     if child:
+        children.append(child)
         return child
     work()
     os._exit(0)
@@ -214,12 +218,21 @@ def fork(work) -> int:
 def ended(child: int, timeout_s: float) -> int | None:
     """The exit status of a child, or None if it still runs after a while."""
     until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
+    while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
+            children.remove(child)
             return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
         time.sleep(0.005)
-    return None
+
+
+def kill(child: int) -> None:
+    """At once, and wait until it is gone."""
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    children.remove(child)
 
 
 def run(folder: Path, kills: int, count: int, sessions: int, seed: int) -> list[str]:
@@ -239,8 +252,7 @@ def run(folder: Path, kills: int, count: int, sessions: int, seed: int) -> list[
             # a named point kills from within; a worker that does not come by it for a while is killed at random too
             status = ended(child, rng.uniform(0.05, 1.2) if point is None else 4)
             if status is None:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+                kill(child)
                 point = None
             elif status != -signal.SIGKILL:
                 return [f"a worker ended by itself with {status}"]
@@ -254,6 +266,8 @@ def run(folder: Path, kills: int, count: int, sessions: int, seed: int) -> list[
         if ended(last, 30) != 0:
             return ["the worker did not stop cleanly"]
     finally:
+        while children:  # something went wrong
+            kill(children[-1])
         broker.stop()
     replies, dead = json.loads(heard.read_text())
     torch.set_num_threads(1)

@@ -19,6 +19,7 @@ from longstride.engine.model import load_model
 from longstride.engine.sequence import Sequence
 from longstride.storage.database import Database
 from longstride.storage.sessions import Sessions
+from tests import processes
 from tests.tiny import reference_logits
 
 pytestmark = pytest.mark.real_model
@@ -33,10 +34,8 @@ def model():
 
 def run(*arguments, check=True, **options):
     """Run the command line; returns the finished process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "longstride.cli.main", *map(str, arguments)],
-        capture_output=True, text=True, env=ENVIRONMENT, check=False, **options,
-    )  # fmt: skip
+    line = [sys.executable, "-m", "longstride.cli.main", *map(str, arguments)]
+    done = processes.run(line, env=ENVIRONMENT, **options)
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -105,15 +104,11 @@ def read_answer_and_be_killed(tmp_path):
     """Read 4,000 tokens in another process, answer, and kill -9 it in the middle of the next answer."""
     book = tmp_path / "book.txt"
     book.write_text(CHAPTERS)
-    reader = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(READER), str(tmp_path / "t.db"), str(book)],
-        stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
-    answer = reader.stdout.readline().strip()
-    assert reader.stdout.readline().strip() == "generating"
-    reader.send_signal(signal.SIGKILL)
-    reader.stdout.close()
-    assert reader.wait() == -signal.SIGKILL
+    line = [sys.executable, "-c", textwrap.dedent(READER), str(tmp_path / "t.db"), str(book)]
+    with processes.started(line, stdout=subprocess.PIPE, env=ENVIRONMENT) as reader:
+        answer = reader.stdout.readline().strip()
+        assert reader.stdout.readline().strip() == "generating"
+    assert reader.returncode == -signal.SIGKILL
     return answer
 
 
@@ -154,7 +149,7 @@ def test_a_day_with_the_command_line(tmp_path):
     """Read from standard input, ask as JSON, add documents, summarize, verify, remove."""
     db = tmp_path / "day.db"
     story = "The gardener planted a blue rose behind the chapel. " * 3 + "Then it rained for a week.\n"
-    done = run("read", "-", "--session", "s", "--db", db, "--json", input=story)
+    done = run("read", "-", "--session", "s", "--db", db, "--json", given=story)
     assert json.loads(done.stdout)["read"] > 20
     facts = tmp_path / "facts.md"
     facts.write_text("# Zeppelins\n\nThe zeppelin Aurora carries ninety sacks of mail to Lisbon.\n")
@@ -188,11 +183,11 @@ def test_a_reading_told_to_stop_goes_on_where_it_was(tmp_path):
     book, db = tmp_path / "book.txt", tmp_path / "b.db"
     book.write_text(CHAPTERS[:12_000])
     line = [sys.executable, "-m", "longstride.cli.main", "read", str(book), "-s", "b", "--db", str(db)]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    while process.poll() is None and (sessions(db) or [{"tokens": 0}])[0]["tokens"] == 0:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
+    with processes.started(line, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        while process.poll() is None and (sessions(db) or [{"tokens": 0}])[0]["tokens"] == 0:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
     (stopped,) = sessions(db)
     assert process.returncode == 128 + signal.SIGTERM, told
     assert f"stopped; session b holds {stopped['tokens']:,} tokens" in told
@@ -230,12 +225,6 @@ def test_the_examples_run(tmp_path):
     elsewhere = {"follow_a_queue.py"}  # tests/service/test_examples.py
     assert {path.name for path in examples.glob("*.py")} == set(calls) | elsewhere
     for name, arguments in calls.items():
-        done = subprocess.run(
-            [sys.executable, str(examples / name), *arguments],
-            capture_output=True,
-            text=True,
-            env=ENVIRONMENT,
-            check=False,
-        )
+        done = processes.run([sys.executable, str(examples / name), *arguments], env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr
         assert "tokens reused" in done.stdout or "rows computed" in done.stdout

@@ -1,7 +1,6 @@
 """Training: trees give the losses of separate examples and of the engine; a run that was killed ends the same."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from longstride.tuning.strides import Corpus, Places, Shape, Stride, Window
 from longstride.tuning.training import Losses, Run, attach, plot, rate
 from longstride.tuning.trees import Sample, tree
 from tests.lora import tiny_loaded
+from tests.processes import started
 from tests.tiny import ByteTokenizer, fresh_model
 from tests.tuning.test_layouts import MARKS, PROMPT, SHAPE, window
 from tests.tuning.test_strides import text
@@ -192,12 +192,11 @@ def test_a_killed_process_leaves_a_checkpoint_that_goes_on(tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path / "killed")]
     for _ in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with started(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             if not process.stdout.readline():
                 break
-            time.sleep(0.03)  # somewhere in the next step or its checkpoint
-            process.send_signal(signal.SIGKILL)
+            time.sleep(0.03)  # somewhere in the next step or its checkpoint; it is killed then
     run(tmp_path / "killed", steps=8).go()
     run(tmp_path / "whole", steps=8).go()
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
