@@ -1,4 +1,4 @@
-"""Coming back: restoring a session from its stored blocks against reading its text again."""
+"""Coming back: restoring a session from its blocks against reading its text again; and what saving them costs."""
 
 import argparse
 import asyncio
@@ -11,18 +11,25 @@ from longstride.engine.model import Model, load_model
 from longstride.scheduler.assistant import Assistant
 
 
-async def measure(model: Model, ids: list[int], rounds: int, database: Path) -> tuple[Row, Row]:
-    """(reading the text, restoring the session), in turns."""
+async def read(model: Model, ids: list[int], database: Path, name: str, limit: int) -> float:
+    """Seconds to read `ids` into a new session, whose blocks may take `limit` bytes of the database."""
+    async with Assistant.open(database, model=model, blocks_limit_bytes=limit) as assistant:
+        session = await assistant.session(name)
+        began = time.perf_counter()
+        await session.feed_ids(ids)
+        return time.perf_counter() - began
+
+
+async def measure(model: Model, ids: list[int], rounds: int, database: Path) -> tuple[Row, Row, Row]:
+    """(reading the text without saving its KV, reading and saving, restoring the session), in turns."""
     setting = {"length": f"{len(ids)} tokens"}
     reading, restoring = Row("re-read", dict(setting), "s"), Row("restore", dict(setting), "s")
+    saving = Row("read and save", dict(setting), "s")
     async with Assistant.open(database, model=model) as assistant:
         await (await assistant.session("kept")).feed_ids(ids)
     for number in range(rounds):
-        async with Assistant.open(database, model=model, blocks_limit_bytes=0) as assistant:
-            session = await assistant.session(f"read again {number}")
-            began = time.perf_counter()
-            await session.feed_ids(ids)
-            reading.runs.append(time.perf_counter() - began)
+        reading.runs.append(await read(model, ids, database.with_name(f"without {number}.db"), "s", 0))
+        saving.runs.append(await read(model, ids, database.with_name(f"with {number}.db"), "s", 1 << 40))
         async with Assistant.open(database, model=model) as assistant:
             began = time.perf_counter()
             session = await assistant.session("kept")
@@ -30,7 +37,7 @@ async def measure(model: Model, ids: list[int], rounds: int, database: Path) -> 
             if session.resumed is None or session.resumed.tokens - session.resumed.restored >= 64:
                 raise RuntimeError(f"the session was not restored: {session.resumed}")
             restoring.setting["restored"] = session.resumed.restored
-    return reading, restoring
+    return reading, saving, restoring
 
 
 def main() -> None:
@@ -48,9 +55,12 @@ def main() -> None:
     ratios: dict[str, float] = {}
     for length in map(int, options.lengths.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            reading, restoring = asyncio.run(measure(model, ids[:length], options.rounds, Path(folder) / "b.db"))
-        rows += [reading, restoring]
+            reading, saving, restoring = asyncio.run(
+                measure(model, ids[:length], options.rounds, Path(folder) / "b.db")
+            )
+        rows += [reading, saving, restoring]
         ratios[f"re-read @ {length} tokens"] = reading.median / restoring.median
+        ratios[f"saving while reading @ {length} tokens"] = reading.median / saving.median
     report(rows, ratios, {"dtype": str(model.runner.dtype)}, options.json)
     if options.plot is not None:
         plot(rows, "Coming back to a session (lower is better)", options.plot)

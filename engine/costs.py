@@ -26,7 +26,7 @@ class StepCosts:
     MEMORY = 64.0
     MOST_ROWS = 96  # forwards that read text say little about drafts
     OUTLIER = 3.0
-    ANEW = 4  # observations after which the terms are fitted anew, once there are many
+    ANEW = 4  # observations after which the terms are fitted anew, once there are many or they were measured
 
     def __init__(self, free: int = 5) -> None:
         self.free = free
@@ -35,6 +35,7 @@ class StepCosts:
         self._seen = -1  # the first forward of a process is slower than all others and says nothing
         self._fitted = 0
         self._scale = 1.0
+        self._known = False  # whether the guess was measured here
         self._matrix = np.zeros((len(self.START), len(self.START)))
         self._vector = np.zeros(len(self.START))
         self._terms = self._start
@@ -62,7 +63,7 @@ class StepCosts:
     @property
     def terms(self) -> Floats:
         """Seconds: once, for several rows, a row, a row beyond the free ones, 1,000 keys, a row over 1,000 keys."""
-        if self._seen >= self._fitted + (self.ANEW if self._seen > self.MEMORY else 1):
+        if self._seen >= self._fitted + (self.ANEW if self._known or self._seen > self.MEMORY else 1):
             start = self.WEIGHT * self._guessed / (self._guessed @ self._start * self._scale)[:, None]
             self._terms = _solved(self._matrix + start.T @ start, self._vector + self.WEIGHT * start.sum(0))
             self._fitted = self._seen
@@ -72,7 +73,8 @@ class StepCosts:
         """Forwards of (rows, keys, seconds), of all kinds, that were run to find out: they replace the guess."""
         found = np.array([self._point(rows, rows * keys / 1000, keys / 1000) for rows, keys, _ in points])
         weighted = found / np.array([[seconds] for *_, seconds in points])
-        self._start, self._scale = _solved(weighted.T @ weighted, weighted.sum(0)), 1.0
+        self._start, self._scale, self._known = _solved(weighted.T @ weighted, weighted.sum(0)), 1.0, True
+        self._terms, self._fitted = self._start, self._seen
 
     def curve(self, rows: int, keys: int) -> Callable[[int], float]:
         """What a forward of `rows` rows, of which some are of a sequence over `keys` keys, takes in seconds with

@@ -17,7 +17,9 @@ from longstride.engine.sampling import Choice, Sampler, Sampling
 from longstride.engine.sequence import Sequence as Cached
 
 DEEPEST = 32
-QUIET, PROBE = 12, 3  # steps without a drafted token that was right, after which only every third looks for drafts
+# The longer no drafted token was right, the more rarely drafts are looked for: after n steps every n / `QUIET`th,
+# at least every `PROBE`th
+QUIET, PROBE = 4, 8
 
 
 class Decoding:
@@ -54,7 +56,7 @@ class Decoding:
         if self.drafter is None:
             return
         self.proposal, self.sequence.draft = None, ()
-        if self._missed >= QUIET and self._missed % PROBE:
+        if self._missed % max(1, min(PROBE, self._missed // QUIET)):
             return  # looking it up costs something too
         context, cache = self.sequence.context, self.sequence.cache
         texts, rows = self.sequence.company
