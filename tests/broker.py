@@ -47,7 +47,7 @@ class Broker:
             raise RuntimeError("these tests need Mosquitto: install the package mosquitto (see CONTRIBUTING.md)")
         self._process = subprocess.Popen([PROGRAM, "-c", str(self._config)])
         until = time.monotonic() + 20
-        while time.monotonic() < until:
+        while time.monotonic() < until and self._process.poll() is None:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return self
@@ -57,7 +57,11 @@ class Broker:
     def stop(self, *, kill: bool = False) -> None:
         if self._process is not None:
             (self._process.kill if kill else self._process.terminate)()
-            self._process.wait()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
             self._process = None
 
 

@@ -36,7 +36,8 @@ async def working(path, broker, root, assistant_settings=None, **changes):
         try:
             # the broker keeps what is sent from the first connection on
             waiting = asyncio.create_task(worker.connected.wait())
-            await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([task, waiting], timeout=60, return_when=asyncio.FIRST_COMPLETED)
+            assert done, worker.problem
             yield worker
         finally:
             worker.stop()
