@@ -69,7 +69,8 @@ evaluate: $(VENV)/installed-test
 # The recipe of the adapter for `end`; goes on where it was stopped.
 ADAPTER ?= build/smollm2-end
 adapter: $(VENV)/installed-test
-	$(BIN)/longstride tune marks --layout end,passages=3 --steps 260 --warmup 0.05 --dropout 0 \
+	$(BIN)/longstride tune marks --dtype bf16 --frame --layout end,passages=3 --steps 200 --warmup 0.05 --dropout 0 \
+	    --rank 8 --alpha 16 --distil 0 \
 	    --corpus $(DATA)/corpus/latex_book.jsonl.gz --corpus $(DATA)/corpus/freelaw.jsonl.gz --corpus $(DATA)/corpus/arxiv.jsonl.gz \
 	    --corpus $(DATA)/corpus/stackexchange.jsonl.gz --corpus $(DATA)/books/pg1342_pride_and_prejudice.txt \
 	    --corpus $(DATA)/books/pg2701_moby_dick_or_the_whale.txt --out $(ADAPTER) --plot $(ADAPTER)/losses.png
