@@ -56,18 +56,32 @@ bench: $(VENV)/installed-test
 DATA ?= ../shared/data
 WORK ?= build/evaluation
 EVALUATION := docs/evaluation
+LM := $(DATA)/lm
+QA := $(DATA)/qa
+STREAMS := $(DATA)/streams
+LOGS := $(STREAMS)/log_apache.txt,$(STREAMS)/log_hdfs.txt,$(STREAMS)/log_hpc.txt,$(STREAMS)/log_openssh.txt,$(STREAMS)/log_spark.txt,$(STREAMS)/log_zookeeper.txt
+# What `make adapter` trained is measured too, where it is there.
+ADAPTER ?= build/smollm2-end
+ADAPTED = $(if $(wildcard $(ADAPTER)/adapter_model.safetensors),--adapter end=$(ADAPTER) --layout end,adapter=end \
+    --layout end,adapter=end,source=chance)
+CORPORA := $(foreach name,latex_book freelaw arxiv stackexchange wikipedia,--corpus $(DATA)/corpus/$(name).jsonl.gz)
+PERPLEXITY = $(BIN)/longstride eval perplexity --frame $(CORPORA) --work $(WORK)/perplexity \
+    --layout none --layout prepend --layout prepend,passages=3 --layout beside --layout beside,passages=3 \
+    --layout beside,source=chance --layout end $(ADAPTED) --set latex_book=$(LM)/latex_book.jsonl \
+    --set freelaw=$(LM)/freelaw.jsonl --set scotus=$(LM)/scotus.jsonl --set logs=$(LOGS)
 evaluate: $(VENV)/installed-test
-	$(BIN)/longstride eval perplexity --frame --set latex_book=$(DATA)/lm/latex_book.jsonl --set freelaw=$(DATA)/lm/freelaw.jsonl \
-	    --set arxiv=$(DATA)/lm/arxiv.jsonl --set logs=$(DATA)/streams/log_apache.txt,$(DATA)/streams/log_hdfs.txt,$(DATA)/streams/log_hpc.txt,$(DATA)/streams/log_openssh.txt,$(DATA)/streams/log_spark.txt,$(DATA)/streams/log_zookeeper.txt \
-	    --corpus $(DATA)/corpus/latex_book.jsonl.gz --corpus $(DATA)/corpus/freelaw.jsonl.gz --corpus $(DATA)/corpus/arxiv.jsonl.gz \
-	    --window 368 --window 2400 --targets 1000 --work $(WORK)/perplexity \
-	    --json $(EVALUATION)/perplexity.json --markdown $(EVALUATION)/perplexity.md --plot $(EVALUATION)/perplexity.png
-	$(BIN)/longstride eval qa --set squad=$(DATA)/qa/squad.docs.jsonl,$(DATA)/qa/squad.qa.jsonl --set hotpotqa=$(DATA)/qa/hotpotqa.jsonl \
-	    --set fairytaleqa=$(DATA)/qa/fairytaleqa.docs.jsonl,$(DATA)/qa/fairytaleqa.qa.jsonl --documents 15 --questions 90 \
+	$(PERPLEXITY) --set arxiv=$(LM)/arxiv.jsonl --set stackexchange=$(LM)/stackexchange.jsonl \
+	    --set wikitext103=$(LM)/wikitext103.valid.tokens.txt --layout end,source=chance \
+	    --window 368 --targets 2048 --json $(EVALUATION)/perplexity-368.json \
+	    --markdown $(EVALUATION)/perplexity-368.md --plot $(EVALUATION)/perplexity-368.png
+	$(PERPLEXITY) --window 2400 --targets 768 --json $(EVALUATION)/perplexity-2400.json \
+	    --markdown $(EVALUATION)/perplexity-2400.md --plot $(EVALUATION)/perplexity-2400.png
+	$(BIN)/longstride eval qa --set squad=$(QA)/squad.docs.jsonl,$(QA)/squad.qa.jsonl --set hotpotqa=$(QA)/hotpotqa.jsonl \
+	    --set fairytaleqa=$(QA)/fairytaleqa.docs.jsonl,$(QA)/fairytaleqa.qa.jsonl --documents 15 --questions 60 \
+	    --systems closed-book,prepend:once,prepend:16,beside:once,beside:16,end:once,end:16 \
 	    --work $(WORK)/qa --json $(EVALUATION)/qa.json --markdown $(EVALUATION)/qa.md --plot $(EVALUATION)/qa.png
 
-# The recipe of the adapter for `end`; goes on where it was stopped.
-ADAPTER ?= build/smollm2-end
+# An adapter for `end`; goes on where it was stopped. docs/evaluation says what it is good for.
 adapter: $(VENV)/installed-test
 	$(BIN)/longstride tune marks --dtype bf16 --frame --layout end,passages=3 --steps 200 --warmup 0.05 --dropout 0 \
 	    --rank 8 --alpha 16 --distil 0 \

@@ -158,7 +158,7 @@ def report(
     json, markdown, plot = files
     origin = provenance(model)
     if json is not None:
-        write_json(json, {"provenance": origin, "settings": settings, "cells": perplexity.data(cells)})
+        write_json(json, {"provenance": origin, "settings": settings, "cells": perplexity.data(cells)}, indent=None)
     if markdown is not None:
         told = ", ".join(f"{name} {value}" for name, value in {**origin, **settings}.items())
         write_text(markdown, f"{table}\n{told}\n")

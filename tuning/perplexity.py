@@ -170,39 +170,41 @@ def data(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "encoded": sum(m.encoded for m in cell.measured),
             "seconds": round(sum(m.seconds for m in cell.measured), 2),
             "documents": cell.documents,
-            "losses": [[round(loss, 4) for loss in m.losses] for m in cell.measured],
+            "losses": [[round(loss, 3) for loss in m.losses] for m in cell.measured],
         }
         for cell in cells
     ]
 
 
 def plot(cells: Sequence[Cell], to: Path) -> None:
-    """Each layout's perplexity as a share of that without retrieval, a panel a window."""
+    """Each layout's perplexity as a share of that without retrieval: a panel a set, a row of panels a window."""
     plt = pyplot()
     bases = {(c.set, c.window): c for c in cells if c.layout == BASE}
     shown = [c for c in cells if (c.set, c.window) in bases and c.layout != BASE]
-    panels = list(dict.fromkeys(c.window for c in shown))
-    sets = list(dict.fromkeys(c.set for c in shown))
+    windows = list(dict.fromkeys(c.window for c in shown)) or [0]  # an empty panel where nothing stands beside `none`
+    sets = list(dict.fromkeys(c.set for c in shown)) or [""]
     layouts = list(dict.fromkeys(str(c.layout) for c in shown))
-    height = 1.2 + 0.22 * len(layouts) * len(sets)
     figure, axes = plt.subplots(
-        1, max(1, len(panels)), figsize=(5.5 * max(1, len(panels)), height), layout="constrained", squeeze=False,
-        sharey=True,
+        len(windows), len(sets), figsize=(2.8 + 1.7 * len(sets), (1.0 + 0.22 * len(layouts)) * len(windows)),
+        layout="constrained", squeeze=False, sharey=True,
     )  # fmt: skip
-    colours = dict(zip(layouts, plt.get_cmap("tab20").colors * (1 + len(layouts) // 20), strict=False))
-    rows = [(s, layout) for s in sets for layout in layouts]
-    for ax, window in zip(axes[0], panels, strict=False):  # no panel where nothing stands beside `none`
-        for cell in (c for c in shown if c.window == window):
-            at = rows.index((cell.set, str(cell.layout)))
-            ratio = cell.against(bases[cell.set, cell.window])
-            low, high = ratio.known
-            spread = [[ratio.value - low], [high - ratio.value]]
-            ax.errorbar(ratio.value, at, xerr=spread, fmt="o", markersize=4, capsize=2, color=colours[str(cell.layout)])
-        ax.axvline(1, color="0.6", linewidth=0.8)
-        ax.set_xlim(right=min(1.6, ax.get_xlim()[1]))
-        ax.set_title(f"window of {window:,} tokens")
-        ax.set_xlabel("perplexity against no retrieval (left is better)")
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_yticks(range(len(rows)), [f"{s}  {layout}" for s, layout in rows], fontsize=7)
+    colours = plt.get_cmap("tab20").colors * (1 + len(layouts) // 20)
+    for across, window in zip(axes, windows, strict=True):
+        for ax, name in zip(across, sets, strict=True):
+            for cell in (c for c in shown if (c.set, c.window) == (name, window)):
+                at = layouts.index(str(cell.layout))
+                ratio = cell.against(bases[name, window])
+                low, high = ratio.known
+                spread = [[ratio.value - low], [high - ratio.value]]
+                ax.errorbar(ratio.value, at, xerr=spread, fmt="o", markersize=4, capsize=2, color=colours[at])
+            ax.axvline(1, color="0.6", linewidth=0.8)
+            ax.set_xlim(right=min(1.6, ax.get_xlim()[1]))
+            ax.set_title(f"{name}, window {window:,}", fontsize=8)
+            ax.tick_params(axis="x", labelsize=7)
+            ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(layouts)), layouts, fontsize=7)
     axes[0][0].invert_yaxis()
+    figure.supxlabel(
+        "perplexity against no retrieval, with its interval of 95 % over texts (left is better)", fontsize=8
+    )
     save(figure, to)
