@@ -67,12 +67,11 @@ ADAPTED = $(if $(wildcard $(ADAPTER)/adapter_model.safetensors),--adapter end=$(
 CORPORA := $(foreach name,latex_book freelaw arxiv stackexchange wikipedia,--corpus $(DATA)/corpus/$(name).jsonl.gz)
 PERPLEXITY = $(BIN)/longstride eval perplexity --frame $(CORPORA) --work $(WORK)/perplexity \
     --layout none --layout prepend --layout prepend,passages=3 --layout beside --layout beside,passages=3 \
-    --layout beside,source=chance --layout end $(ADAPTED) --set latex_book=$(LM)/latex_book.jsonl \
-    --set freelaw=$(LM)/freelaw.jsonl --set scotus=$(LM)/scotus.jsonl --set logs=$(LOGS)
+    --layout beside,source=chance --layout end --set latex_book=$(LM)/latex_book.jsonl --set freelaw=$(LM)/freelaw.jsonl \
+    --set arxiv=$(LM)/arxiv.jsonl --set stackexchange=$(LM)/stackexchange.jsonl --set scotus=$(LM)/scotus.jsonl \
+    --set wikitext103=$(LM)/wikitext103.valid.tokens.txt --set logs=$(LOGS)
 evaluate: $(VENV)/installed-test
-	$(PERPLEXITY) --set arxiv=$(LM)/arxiv.jsonl --set stackexchange=$(LM)/stackexchange.jsonl \
-	    --set wikitext103=$(LM)/wikitext103.valid.tokens.txt --layout end,source=chance \
-	    --window 368 --targets 2048 --json $(EVALUATION)/perplexity-368.json \
+	$(PERPLEXITY) --layout end,source=chance $(ADAPTED) --window 368 --targets 2048 --json $(EVALUATION)/perplexity-368.json \
 	    --markdown $(EVALUATION)/perplexity-368.md --plot $(EVALUATION)/perplexity-368.png
 	$(PERPLEXITY) --window 2400 --targets 768 --json $(EVALUATION)/perplexity-2400.json \
 	    --markdown $(EVALUATION)/perplexity-2400.md --plot $(EVALUATION)/perplexity-2400.png
