@@ -198,9 +198,10 @@ class Bench:
     def _note(self, task: str, system: str, count: int, seconds: float) -> None:
         if count:
             self.runs[task, system].append(count / seconds)
-            total = self.totals[task, system]
-            total[0] += count
-            total[1] += seconds
+            for whole in (task, *(["question answering, both"] if task.startswith("question") else [])):
+                total = self.totals[whole, system]
+                total[0] += count
+                total[1] += seconds
 
     def _written(self, ours: Ours, sampling: Sampling | None = None) -> dict[str, tuple[Decoding, float]]:
         """What we write with and without drafts, in turns, each from a cold start, and the median seconds: one write
@@ -263,11 +264,6 @@ class Bench:
         for (task, system), runs in self.runs.items():
             count, seconds = self.totals[task, system]
             rows.append(Row(system, {"task": task, "all": f"{count / seconds:.1f}"}, "tokens/s", runs))
-        for (task, system), (count, seconds) in list(self.totals.items()):
-            if task.startswith("question"):
-                whole_of = self.totals["question answering, both", system]
-                whole_of[0] += count
-                whole_of[1] += seconds
         for task in dict.fromkeys(task for task, _ in self.totals):
             whole = {s: total[0] / total[1] for (t, s), total in self.totals.items() if t == task}
             for peer in [*whole]:

@@ -11,10 +11,10 @@ from longstride.engine.model import Model, load_model
 from longstride.scheduler.assistant import Assistant
 
 
-async def read(model: Model, ids: list[int], database: Path, name: str, limit: int) -> float:
-    """Seconds to read `ids` into a new session, whose blocks may take `limit` bytes of the database."""
+async def read(model: Model, ids: list[int], database: Path, limit: int) -> float:
+    """Seconds to read `ids` into a new database's session, whose blocks may take `limit` bytes of the database."""
     async with Assistant.open(database, model=model, blocks_limit_bytes=limit) as assistant:
-        session = await assistant.session(name)
+        session = await assistant.session("read")
         began = time.perf_counter()
         await session.feed_ids(ids)
         return time.perf_counter() - began
@@ -28,8 +28,8 @@ async def measure(model: Model, ids: list[int], rounds: int, database: Path) -> 
     async with Assistant.open(database, model=model) as assistant:
         await (await assistant.session("kept")).feed_ids(ids)
     for number in range(rounds):
-        reading.runs.append(await read(model, ids, database.with_name(f"without {number}.db"), "s", 0))
-        saving.runs.append(await read(model, ids, database.with_name(f"with {number}.db"), "s", 1 << 40))
+        reading.runs.append(await read(model, ids, database.with_name(f"without {number}.db"), 0))
+        saving.runs.append(await read(model, ids, database.with_name(f"with {number}.db"), 1 << 40))
         async with Assistant.open(database, model=model) as assistant:
             began = time.perf_counter()
             session = await assistant.session("kept")

@@ -217,6 +217,29 @@ def test_text_of_a_seed_is_the_same_with_drafts_right_or_wrong(placement, sampli
     assert drafted.drafted >= drafted.accepted + (5 if half_wrong else 0)
 
 
+def test_drafts_are_looked_for_rarely_where_none_is_right_and_again_when_one_is():
+    """The longer none was right, the more rarely, but never more than eight steps apart."""
+
+    class Counted(Scripted):
+        def propose(self, *given, **more):
+            looked.append(self.at)
+            return super().propose(*given, **more)
+
+    looked: list[int] = []
+    _, runner = tiny_model("llama")
+    plain = generate(runner, in_view(runner, Placement.END, 1), 90).tokens
+    script = [(token + 1) % 250 if at < 60 else token for at, token in enumerate(plain)]
+    assert generate(runner, in_view(runner, Placement.END, 1), 90, drafter=Counted(script)).tokens == plain
+    early = [at for at in looked if at < 60]
+    assert early[:8] == list(range(8))
+    gaps = [b - a for a, b in itertools.pairwise(early)]
+    assert max(gaps) == 8
+    assert len(early) < 24
+    found = next(at for at in looked if at >= 60)
+    assert found < 68
+    assert len([at for at in looked if at >= 60]) <= 6  # in runs: each draft is right as far as it goes
+
+
 def test_an_end_in_the_middle_of_a_draft_ends_the_text():
     _, runner = tiny_model("llama")
     plain = generate(runner, in_view(runner, Placement.END, 2), 30)
