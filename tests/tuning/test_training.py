@@ -188,7 +188,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_goes_on(tmp_path):
         "from pathlib import Path\n"
         "import longstride.tuning.training as t; t.EVERY = 1\n"
         "from tests.tuning.test_training import run\n"
-        "run(Path(sys.argv[1]), steps=8).go(lambda line: print('step', flush=True))\n"
+        "run(Path(sys.argv[1]), steps=80).go(lambda line: print('step', flush=True))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "killed")]
     for _ in range(3):
@@ -197,8 +197,8 @@ def test_a_killed_process_leaves_a_checkpoint_that_goes_on(tmp_path):
             if not process.stdout.readline():
                 break
             time.sleep(0.03)  # somewhere in the next step or its checkpoint; it is killed then
-    run(tmp_path / "killed", steps=8).go()
-    run(tmp_path / "whole", steps=8).go()
+    run(tmp_path / "killed", steps=80).go()
+    run(tmp_path / "whole", steps=80).go()
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
