@@ -1,58 +1,52 @@
-"""Window policies beside each other: rows kept, perplexity, speed and memory of one text read under each."""
+"""Window policies beside each other: rows kept, perplexity, answers, speed and memory of one text read under each."""
 
 import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks.common import Row, report, shipped_text
+from longstride.engine.adapter import Adapter, load_adapter, shipped_adapter
 from longstride.engine.context import MIN_SINK, Context, Placement
 from longstride.engine.model import Model, load_model
 from longstride.engine.sequence import Sequence
 from longstride.engine.tokenizer import punctuation
 from longstride.engine.window import Anchors, Cascade, Separators, Window
-from longstride.tuning.layouts import last_logits, losses_of
+from longstride.scheduler.settings import SYSTEM
+from longstride.tuning import scores
+from longstride.tuning.layouts import follow, last_logits, losses_of
+from longstride.tuning.questions import Case, Question, load
+from longstride.tuning.systems import SYSTEM as BRIEFLY
 from longstride.tuning.texts import texts
 
 CHUNK = 256
 STEPS = 16  # tokens decoded one by one at the end
-SIZES = {
-    "recent": (128, 256, 512, 1024),
-    "separators": (64, 128, 256, 512),
-    "cascade": (64, 128, 256),
-    "anchors": (16, 32, 64),
-}
-
-
-def windows(model: Model) -> dict[tuple[str, int], Callable[[], Window | None]]:
-    """A maker of each policy's window, by name and size. `recent` is StreamingLLM's: the first tokens and the last."""
-    marks = punctuation(model.tokenizer)
-    makers: dict[str, Callable[[int], Window]] = {
-        "recent": lambda size: Separators(MIN_SINK, size, frozenset()),
-        "separators": lambda size: Separators(MIN_SINK, size, marks.separators),
-        "cascade": lambda size: Cascade(MIN_SINK, size),
-        "anchors": lambda size: Anchors(MIN_SINK, size, marks.ends),
-    }
-    found: dict[tuple[str, int], Callable[[], Window | None]] = {("full", 0): lambda: None}
-    for name, sizes in SIZES.items():
-        for size in sizes:
-            found[name, size] = partial(makers[name], size)
-    return found
+ANSWER = 24  # tokens of an answer at most
+ANCHORS = ((32, 0), (64, 0), (128, 0), (32, 128), (64, 128), (128, 128), (64, 512))  # span, recent
+SIZES = {"recent": (128, 256, 512, 1024), "separators": (64, 256, 512), "cascade": (64, 128, 256)}
 
 
 @dataclass
-class Result:
-    """One policy over all texts: nats of each measured token; rows in view at the end; seconds a token read; ms a token
-    decoded at the end."""
+class Policy:
+    """A policy of a size, and what came out: nats of each measured token of text, and of each gold answer's; each
+    answer's F1 and whether it holds a gold one; rows in view at the end; seconds a token read; ms a token decoded."""
 
+    name: str
+    size: str
+    make: Callable[[int], Window | None]  # for a sink
+    adapter: Adapter | None = None
     losses: list[float] = field(default_factory=list)
+    gold: list[float] = field(default_factory=list)
+    f1: list[float] = field(default_factory=list)
+    contained: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
@@ -60,62 +54,177 @@ class Result:
     @property
     def perplexity(self) -> float:
         """Of all measured tokens."""
-        return math.exp(sum(self.losses) / len(self.losses))
+        return math.exp(statistics.fmean(self.losses))
 
 
-def measure(model: Model, ids: list[int], window: Window | None, result: Result) -> None:
-    """Read `ids`; the second half's tokens are measured."""
+def policies(model: Model, adapter: Adapter | None) -> Iterator[Policy]:
+    """All that are compared. `recent` is StreamingLLM's: the first tokens and the last."""
+    marks = punctuation(model.tokenizer)
+    yield Policy("full", "", lambda _sink: None)
+    makers: dict[str, Callable[[int, int], Window]] = {
+        "recent": lambda size, sink: Separators(sink, size, frozenset()),
+        "separators": lambda size, sink: Separators(sink, size, marks.separators),
+        "cascade": lambda size, sink: Cascade(sink, size),
+    }
+    for name, make in makers.items():
+        for size in SIZES[name]:
+            yield Policy(name, str(size), partial(make, size))
+    for span, recent in ANCHORS:
+        name = "anchors" if not recent else f"anchors + {recent}"
+        make_anchors = partial(lambda span, recent, sink: Anchors(sink, span, marks.ends, recent), span, recent)
+        if adapter is not None:
+            yield Policy(f"{name}, tuned", str(span), make_anchors, adapter)
+        if span == 64:
+            yield Policy(name, str(span), make_anchors)
+
+
+def read(model: Model, ids: list[int], policy: Policy) -> None:
+    """Read `ids` behind a conversation's prompt; the second half's tokens are measured."""
     runner = model.runner
+    prompt = model.tokenizer.frame(SYSTEM).prompt
+    sink = max(len(prompt), MIN_SINK)
+    limit = len(prompt) + len(ids) + 64
     context = Context(
-        ids[:MIN_SINK], placement=Placement.END, limit=len(ids) + 64, reserved=0, refresh=0, window=window
-    )
-    sequence = Sequence(runner, context, max_rows=len(ids) + 64)
+        prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=policy.make(sink)
+    )  # fmt: skip
+    sequence = Sequence(runner, context, max_rows=limit, adapter=policy.adapter)
     began = time.perf_counter()
     half = len(ids) // 2
-    context.append(ids[MIN_SINK:half])
-    sequence.run(runner)
-    for at in range(half, len(ids), CHUNK):
+    for at in range(0, len(ids), CHUNK):
         chunk = ids[at : at + CHUNK]
         context.append(chunk)
-        logits = last_logits(runner, sequence, len(chunk))
-        result.losses += losses_of(logits[:-1], chunk[1:])
-    result.read.append((time.perf_counter() - began) / len(ids))
+        if at < half:
+            sequence.run(runner)
+        else:
+            policy.losses += losses_of(last_logits(runner, sequence, len(chunk))[:-1], chunk[1:])
+    policy.read.append((time.perf_counter() - began) / len(ids))
     sequence.settle()
-    result.rows.append(sequence.cache.length)
+    policy.rows.append(sequence.cache.length)
     context.begin_turn()
     for token in ids[:STEPS]:
         context.append([token])
         began = time.perf_counter()
         sequence.run(runner)
-        result.decode.append(1000 * (time.perf_counter() - began))
+        policy.decode.append(1000 * (time.perf_counter() - began))
 
 
-def plot(results: dict[tuple[str, int], Result], tokens: int, to: Path) -> None:
-    """Perplexity and time of a decoded token against rows kept, a line a policy."""
+def ask(model: Model, case: Case, policy: Policy, limit: int) -> None:
+    """Read a document, then answer the questions about it from what is left of it in view."""
+    runner, frame = model.runner, model.tokenizer.frame(BRIEFLY)
+    sink = max(len(frame.prompt), MIN_SINK)
+    context = Context(
+        frame.prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=policy.make(sink)
+    )
+    sequence = Sequence(runner, context, max_rows=limit, adapter=policy.adapter)
+    context.append(model.tokenizer.encode(case.text))
+    sequence.run(runner)
+    sequence.settle()
+    for question in case.questions:
+        turn = [*model.tokenizer.encode(f"\n\n{question.text.strip()}"), *frame.answer]
+        context.begin_turn()
+        context.append(turn)
+        policy.gold.append(statistics.fmean(follow(runner, sequence, model.tokenizer.encode(question.answers[0]))))
+        sequence.end_turn(keep=False)
+        context.begin_turn()
+        context.append(turn)
+        said = model.tokenizer.decode(decoded(model, sequence))
+        sequence.end_turn(keep=False)
+        policy.f1.append(100 * scores.f1(said, question.answers))
+        policy.contained.append(100 * scores.contained(said, question.answers))
+
+
+def decoded(model: Model, sequence: Sequence) -> list[int]:
+    """The greedy answer."""
+    ids: list[int] = []
+    while len(ids) < ANSWER:
+        logits = sequence.run(model.runner)
+        if logits is None:
+            raise RuntimeError("nothing was due where an answer's next token was")
+        token = int(torch.argmax(logits[-1]))
+        if token in model.tokenizer.eos:
+            break
+        ids.append(token)
+        sequence.context.append([token])
+    return ids
+
+
+def plot(found: list[Policy], tokens: int, to: Path) -> None:
+    """Perplexity, the gold answers' nats and the time of a decoded token against rows kept, a line a policy."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name in ("full", *SIZES):
-        mine = [result for (policy, _), result in results.items() if policy == name]
-        kept = [100 * statistics.mean(result.rows) / tokens for result in mine]
-        for axis, values in (
-            (axes[0], [result.perplexity for result in mine]),
-            (axes[1], [statistics.median(result.decode) for result in mine]),
-        ):
-            axis.plot(kept, values, "o-" if name != "full" else "k*", label=name)
-    for axis, title in ((axes[0], "perplexity"), (axes[1], "ms a decoded token")):
+    asked = bool(found[0].gold)
+    figure, axes = plt.subplots(1, 2 + asked, figsize=(5 + 5 * asked + 4, 4.2), layout="constrained")
+    titles = ["perplexity", "ms a decoded token", "nats a token of the gold answer"]
+    for name in dict.fromkeys(policy.name for policy in found):
+        mine = [policy for policy in found if policy.name == name]
+        kept = [100 * statistics.mean(policy.rows) / tokens for policy in mine]
+        values = [[policy.perplexity for policy in mine], [statistics.median(policy.decode) for policy in mine]]
+        values += [[statistics.fmean(policy.gold) for policy in mine]] if asked else []
+        for axis, line in zip(axes, values, strict=True):
+            axis.plot(kept, line, "k*" if name == "full" else "o-", label=name)
+    for axis, title in zip(axes, titles, strict=False):
         axis.set_xscale("log")
         axis.set_xlabel(f"rows kept of {tokens:,}, %")
         axis.set_title(title)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize=8)
     to.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(to, dpi=150)
     plt.close(figure)
+
+
+def rows_of(found: list[Policy], model: Model, tokens: int) -> list[Row]:
+    """All figures as rows of a report."""
+    rows: list[Row] = []
+    for policy in found:
+        kept = statistics.mean(policy.rows)
+        setting = {"size": policy.size, "kept": round(kept / tokens, 4)}
+        setting |= {"MB": round(kept * model.runner.layout.row_bytes / 1e6, 1)}
+        measured = [
+            ("perplexity", "", [policy.perplexity]),
+            ("decode", "ms", policy.decode),
+            ("read", "s a token", policy.read),
+        ]
+        if policy.gold:
+            measured += [
+                ("gold answer", "nats a token", [statistics.fmean(policy.gold)]),
+                ("F1", "%", [statistics.fmean(policy.f1)]),
+                ("holds the gold answer", "%", [statistics.fmean(policy.contained)]),
+            ]
+        rows += [Row(policy.name, {**setting, "measure": name}, unit, runs) for name, unit, runs in measured]
+    return rows
+
+
+def stretches(model: Model, bodies: list[str], tokens: int, count: int) -> list[list[int]]:
+    """`count` pieces of `tokens` tokens, from different places of different texts."""
+    encoded = [model.tokenizer.encode(body) for body in bodies]
+    encoded = [ids for ids in encoded if len(ids) >= tokens]
+    per = -(-count // max(1, len(encoded)))
+    by_text = [
+        [ids[at : at + tokens] for at in range(0, len(ids) - tokens + 1, max(1, (len(ids) - tokens) // per))[:per]]
+        for ids in encoded
+    ]
+    return [piece for turn in range(per) for pieces in by_text for piece in pieces[turn : turn + 1]][:count]
+
+
+def cases(model: Model, specs: list[str], count: int, tokens: int) -> list[Case]:
+    """`count` questions or a few more, about documents of at most `tokens` tokens that are read whole."""
+    per = -(-count // max(1, len(specs)))
+    found: list[Case] = []
+    for spec in specs:
+        asked = 0
+        for case in load(spec).chosen(None, None, 0).cases():
+            if asked >= per:
+                break
+            if case.text and len(model.tokenizer.encode(case.text)) <= tokens:
+                questions: tuple[Question, ...] = case.questions[:8]
+                found.append(Case(case.name, case.text, (), questions))
+                asked += len(questions)
+    return found
 
 
 def main() -> None:
@@ -124,39 +233,31 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, nargs="*", help="files to read (default: the chapters that are shipped)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a text")
     parser.add_argument("--count", type=int, default=4, help="stretches of text, from different places")
+    parser.add_argument("--questions", nargs="*", default=[], metavar="NAME=FILES", help="sets, as for `eval qa`")
+    parser.add_argument("--asked", type=int, default=100, help="questions in all")
+    parser.add_argument("--adapter", type=Path, help="for anchors (default: the one that comes along, if any)")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     model = load_model(options.model)
+    folder = options.adapter or shipped_adapter(model.name, "anchors")
     bodies = [text.body for text in texts(options.texts)] if options.texts else [shipped_text()]
-    encoded = [model.tokenizer.encode(body) for body in bodies]
-    per = -(-options.count // len(encoded))
-    stretches = [
-        ids[at : at + options.tokens]
-        for ids in encoded
-        for at in range(0, len(ids) - options.tokens + 1, max(1, (len(ids) - options.tokens) // per))[:per]
-    ][: options.count]
-    if not stretches:
+    pieces = stretches(model, bodies, options.tokens, options.count)
+    if not pieces:
         parser.error(f"no text has {options.tokens} tokens; take fewer")
-    makers = windows(model)
-    results = {key: Result() for key in makers}
-    for ids, (key, make) in track(
-        [(ids, item) for ids in stretches for item in makers.items()], console=Console(stderr=True)
-    ):
-        measure(model, ids, make(), results[key])
-    rows: list[Row] = []
-    for (name, size), result in results.items():
-        setting = {"size": size, "kept": round(statistics.mean(result.rows) / options.tokens, 4)}
-        setting |= {"MB": round(statistics.mean(result.rows) * model.runner.layout.row_bytes / 1e6, 1)}
-        rows.append(Row(name, {**setting, "measure": "decode"}, "ms", result.decode))
-        rows.append(Row(name, {**setting, "measure": "read"}, "s a token", result.read))
-        rows.append(Row(name, {**setting, "measure": "perplexity"}, "", [result.perplexity]))
-    full = results["full", 0]
-    ratios = {f"perplexity, {name} {size}": r.perplexity / full.perplexity for (name, size), r in results.items()}
-    report(rows, ratios, {"tokens": options.tokens, "texts": len(stretches)}, options.json)
+    found = list(policies(model, None if folder is None else load_adapter(folder, model)))
+    for ids, policy in track([(ids, p) for ids in pieces for p in found], "reading", console=Console(stderr=True)):
+        read(model, ids, policy)
+    limit = min(model.runner.max_positions, options.tokens + 256)
+    about = cases(model, options.questions, options.asked, limit - 256)
+    for case, policy in track([(case, p) for case in about for p in found], "asking", console=Console(stderr=True)):
+        ask(model, case, policy, limit)
+    ratios = {f"perplexity, {p.name} {p.size}": p.perplexity / found[0].perplexity for p in found}
+    told = {"tokens": options.tokens, "texts": len(pieces), "questions": len(found[0].f1)}
+    report(rows_of(found, model, options.tokens), ratios, told, options.json)
     if options.plot is not None:
-        plot(results, options.tokens, options.plot)
+        plot(found, options.tokens, options.plot)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +167,10 @@ def plot(lines: list[dict[str, Any]], title: str, to: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    tokens = [line["tokens"] for line in lines]
+    grown = [line for line in lines if "resident" in line]
     for name in ("resident", "cache", "blocks", "database"):
-        axes[0].plot(tokens, [line[name] / 1e6 for line in lines], label=name)
-    steps = [b - a for a, b in zip([0, *tokens], tokens, strict=False)]
-    axes[1].plot(tokens, [n / line["seconds"] for n, line in zip(steps, lines, strict=True)])
+        axes[0].plot([line["tokens"] for line in grown], [line[name] / 1e6 for line in grown], label=name)
+    axes[1].plot(*zip(*rates(lines), strict=True))
     for axis, what in ((axes[0], "MB"), (axes[1], "tokens a second")):
         axis.set_xlabel("tokens read")
         axis.set_title(what)
@@ -185,19 +183,26 @@ def plot(lines: list[dict[str, Any]], title: str, to: Path) -> None:
     plt.close(figure)
 
 
+def rates(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(tokens read, tokens a second since the note before, or since the restart that came between)."""
+    found, since = [], 0
+    for line in lines:
+        if "resident" in line and line["tokens"] - since >= NOTED // 2:
+            found.append((line["tokens"], (line["tokens"] - since) / line["seconds"]))
+        since = line.get("tokens", since)
+    return found
+
+
 def summary(lines: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, Any]:
     """The figures that the question is about."""
     grown = [line for line in lines if "resident" in line]
     fifth = max(1, len(grown) // 5)
-    rates = [
-        (b["tokens"] - a["tokens"]) / b["seconds"]
-        for a, b in pairwise(grown)
-        if b["tokens"] - a["tokens"] >= NOTED // 2
-    ]
+    speeds = [rate for _, rate in rates(lines)]
+    part = max(1, len(speeds) // 5)
     planted = found.get("needles", [])
     return {
-        "tokens a second, first fifth": sum(rates[:fifth]) / len(rates[:fifth]),
-        "tokens a second, last fifth": sum(rates[-fifth:]) / len(rates[-fifth:]),
+        "tokens a second, first fifth": sum(speeds[:part]) / part,
+        "tokens a second, last fifth": sum(speeds[-part:]) / part,
         "resident MB, after a fifth": grown[fifth - 1]["resident"] / 1e6,
         "resident MB, at most after it": max(line["resident"] for line in grown[fifth - 1 :]) / 1e6,
         "KV MB": grown[-1]["cache"] / 1e6,
@@ -254,7 +259,7 @@ def main() -> None:
             options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         if options.plot is not None:
             title = f"{options.tokens:,} tokens, window {options.window} of {options.context:,}"
-            plot([line for line in lines if "resident" in line], title, options.plot)
+            plot(lines, title, options.plot)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ Dropout = Annotated[float, typer.Option("--dropout", help="Dropout of the LoRA."
 Modules = Annotated[
     str | None, typer.Option("--modules", help="Names of adapted modules, with commas.", show_default="all linear ones")
 ]
+Frame = Annotated[
+    bool, typer.Option("--frame", help="Read texts behind the chat's prompt, as sessions do; else alone.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Everything drawn follows from it.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Write a plot of the losses to this file.")]
 
@@ -65,11 +68,15 @@ def marks(
     passage_tokens: Annotated[int, typer.Option("--passage-tokens", min=1, help="Tokens of a passage.")] = 128,
     chance: Annotated[float, typer.Option("--chance", help="Share of strides with passages at random.")] = 0.2,
     distil: Annotated[
-        float, typer.Option("--distil", help="Pull towards the base model without retrieval at the start.")
+        float,
+        typer.Option(
+            "--distil", help="Share of the loss that is the difference from the base with the passages beside."
+        ),
     ] = 0.5,
-    frame: Annotated[
-        bool, typer.Option("--frame", help="Read texts behind the chat's prompt, as sessions do; else alone.")
-    ] = False,
+    frame: Frame = False,
+    turns: Annotated[
+        float, typer.Option("--turns", help="Share of windows that end with a question (with --frame).")
+    ] = 0.3,
     seed: Seed = 0,
     model: c.ModelName = None,
     device: c.Device = None,
@@ -88,7 +95,8 @@ def marks(
         layout=wanted, shape=Shape(window, strides, stride, query_tokens, passage_tokens, wanted.passages),
         acts="segment" if acts == "segment" else "everywhere", steps=steps, rate=rate,
         rank=rank, alpha=alpha, dropout=dropout, modules=tuple(name for name in (modules or "").split(",") if name),
-        warmup=warmup, chance=chance, distil=distil, seed=seed,
+        warmup=warmup, chance=chance, distil=distil, turns=turns if frame else 0.0,
+        seed=seed,
     )  # fmt: skip
     train(recipe, corpus, out, (model, device, dtype), mark_ids, plot, frame=frame)
 
@@ -97,8 +105,13 @@ def marks(
 def anchors(
     corpus: Corpora,
     out: Out,
-    span: Annotated[int, typer.Option("--span", min=2, help="Tokens that an anchor stands for at most.")] = 64,
-    length: Annotated[int, typer.Option("--length", min=64, help="Tokens of text a step.")] = 512,
+    span: Annotated[
+        int, typer.Option("--span", min=2, help="Tokens that an anchor stands for at most; also half and a quarter.")
+    ] = 128,
+    recent: Annotated[
+        int, typer.Option("--recent", min=0, help="Last tokens that stay whole; in half of the steps none do.")
+    ] = 128,
+    length: Annotated[int, typer.Option("--length", min=128, help="Tokens of text a step.")] = 1024,
     steps: Steps = 1000,
     rate: Rate = 1e-3,
     warmup: Warmup = 0.1,
@@ -106,6 +119,10 @@ def anchors(
     alpha: Alpha = 32,
     dropout: Dropout = 0.05,
     modules: Modules = None,
+    distil: Annotated[
+        float, typer.Option("--distil", help="Share of the loss that is the difference from the base with all in view.")
+    ] = 1.0,
+    frame: Frame = False,
     seed: Seed = 0,
     model: c.ModelName = None,
     device: c.Device = None,
@@ -117,14 +134,14 @@ def anchors(
     from longstride.tuning.recipe import Recipe
     from longstride.tuning.strides import Shape
 
-    stride, first = 16, 16  # nearly all tokens are targets
+    first = 64  # nearly all tokens are targets
     recipe = Recipe(
-        layout=Layout.parse(f"none,window=anchors:{span}"),
-        shape=Shape(first, (length - first) // stride, stride, first, first - 1, 1),
-        acts="everywhere", steps=steps, rate=rate, rank=rank, alpha=alpha, dropout=dropout,
+        layout=Layout.parse(f"none,window=anchors:{span}:{recent}"),
+        shape=Shape(first, 1, length - first, first // 2, first - 1, 1),
+        acts="everywhere", steps=steps, rate=rate, rank=rank, alpha=alpha, dropout=dropout, distil=distil,
         modules=tuple(name for name in (modules or "").split(",") if name), warmup=warmup, seed=seed,
     )  # fmt: skip
-    train(recipe, corpus, out, (model, device, dtype), None, plot, frame=False)
+    train(recipe, corpus, out, (model, device, dtype), None, plot, frame=frame)
 
 
 def train(
@@ -166,8 +183,8 @@ def train(
             )
         places = Places(documents, library, shape)
         pair = chosen_marks(plain, mark_ids) if wanted.marks else ((), ())
-        prompt = list(plain.tokenizer.frame(SYSTEM).prompt) if frame else []
-        run = Run(plain, recipe, Steps(recipe, places, pair, prompt), pair, out, manifest(plain, documents))
+        around = plain.tokenizer.frame(SYSTEM) if frame else None
+        run = Run(plain, recipe, Steps(recipe, places, pair, around), pair, out, manifest(plain, documents))
         progress.update(task, description="training", total=recipe.steps, completed=run.step, told="steps")
 
         def tell(line: dict[str, float]) -> None:

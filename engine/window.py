@@ -136,32 +136,37 @@ class Cascade(Window):
 
 
 class Anchors(Window):
-    """Anchor-based attention (AnLLM, arXiv 2402.07616, AnSAN mask): a span ends with its anchor, one of `ends` or the
-    span's token number `longest`; an anchor sees its span and nothing else, other tokens the anchors before and their
-    own span so far. A closed span leaves one row.
+    """Anchor-based attention (AnLLM, arXiv 2402.07616, AnSAN mask): a span ends with its anchor, which sees its span
+    and nothing else; other tokens see the anchors before, their own span so far and the last `recent` tokens (0 is the
+    paper's mask). Of a span that is closed, and `recent` tokens back, one row is left.
+
+    The anchor is the first of `ends` in the second half of the `longest` tokens that a span may have, else the last
+    of these: one a sentence, as the paper has it, leaves more rows the shorter sentences are.
 
     Forgets all that the anchors did not take in. Meant for models that were tuned for it.
     """
 
     name = "anchors"
 
-    def __init__(self, sink: int, longest: int, ends: frozenset[int]) -> None:
+    def __init__(self, sink: int, longest: int, ends: frozenset[int], recent: int = 0) -> None:
         super().__init__(sink)
         self.longest = longest
         self.ends = ends
+        self.recent = recent
         self._open = sink  # first token of the span that is not closed
 
     @property
     def settings(self) -> tuple[int, ...]:
-        return (self.longest,)
+        return (self.longest, self.recent)
 
     def restart(self) -> None:
         super().restart()
         self._open = self.sink
 
     def decide(self, index: int, token: int) -> None:
-        if token in self.ends or index + 1 - self._open >= self.longest:
+        length = index + 1 - self._open
+        if length >= self.longest or (token in self.ends and 2 * length > self.longest):
             self.since[index] = self._open
             for member in range(self._open, index):
-                self.until[member] = index + 1
+                self.until[member] = index + 1 + self.recent
             self._open = index + 1

@@ -7,15 +7,15 @@ from longstride.scheduler.settings import SessionSettings
 POLICIES = ("separators", "cascade", "anchors")  # those that do not keep every row of what they have in view
 
 
-def make_window(policy: str, size: int, tokenizer: Tokenizer, sink: int) -> Window:
-    """One of `POLICIES`; `size`: tokens that stay whole, or that an anchor stands for at most."""
+def make_window(policy: str, recent: int, span: int, tokenizer: Tokenizer, sink: int) -> Window:
+    """One of `POLICIES`; `recent`: last tokens that stay whole; `span`: tokens that an anchor stands for at most."""
     match policy:
         case "separators":
-            return Separators(sink, size, punctuation(tokenizer).separators)
+            return Separators(sink, recent, punctuation(tokenizer).separators)
         case "cascade":
-            return Cascade(sink, size)
+            return Cascade(sink, recent)
         case "anchors":
-            return Anchors(sink, size, punctuation(tokenizer).ends)
+            return Anchors(sink, span, punctuation(tokenizer).ends, recent)
     raise ValueError(policy)
 
 
@@ -29,5 +29,4 @@ def new_window(settings: SessionSettings, tokenizer: Tokenizer, sink: int) -> Wi
     """What a session's settings ask for; None where every row stays (`refuse`, `sinks`)."""
     if settings.window not in POLICIES:
         return None
-    size = settings.span_tokens if settings.window == "anchors" else settings.recent_tokens
-    return make_window(settings.window, size, tokenizer, sink)
+    return make_window(settings.window, settings.recent_tokens, settings.span_tokens, tokenizer, sink)

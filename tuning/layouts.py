@@ -31,7 +31,8 @@ BUDGET = 4096  # rows a forward
 class Layout:
     """One row of the grid. `passages`: a segment's at most; `refresh` as in a session; `source`: which
     passages (see `Stride`); `marks`: whether they stand between marks; `every`: passages change every so many strides;
-    `adapter`: a name, resolved by the grid; `window`: POLICY:TOKENS, what stays of the text (with `none` only);
+    `adapter`: a name, resolved by the grid; `window`: what stays of the text (with `none` only), separators:RECENT,
+    cascade:RECENT, anchors:SPAN or anchors:SPAN:RECENT, in tokens;
     `weight`: of each further passage (`beside`)."""
 
     place: Place = "beside"
@@ -66,11 +67,13 @@ class Layout:
             layout = replace(layout, **{name: _value(spelled, name, value, kinds[name])})
         if layout.source not in get_args(Source):
             raise BadInput(f"layout {spelled!r}: source is one of {', '.join(get_args(Source))}")
-        policy, _, size = layout.window.partition(":")
-        known = policy in POLICIES and size.isdecimal() and 1 < int(size) <= 1 << 30
+        policy, *sizes = layout.window.split(":")
+        known = policy in POLICIES and 1 <= len(sizes) <= 1 + (policy == "anchors")
+        known = known and all(size.isdecimal() and int(size) <= 1 << 30 for size in sizes) and int(sizes[0]) > 1
         if layout.window and not (known and layout.place == "none"):
             raise BadInput(
-                f"layout {spelled!r}: window is POLICY:TOKENS, of {', '.join(POLICIES)}, and goes with none only"
+                f"layout {spelled!r}: window is POLICY:TOKENS, of {', '.join(POLICIES)}, or anchors:TOKENS:RECENT, and "
+                "goes with none only"
             )
         return layout
 
@@ -80,8 +83,12 @@ class Layout:
 
     def new_window(self, tokenizer: Tokenizer, sink: int) -> KeptRows | None:
         """What keeps some of the text's rows; None where all stay."""
-        policy, _, size = self.window.partition(":")
-        return make_window(policy, int(size), tokenizer, sink) if policy else None
+        if not self.window:
+            return None
+        policy, *sizes = self.window.split(":")
+        first, last = int(sizes[0]), int(sizes[-1])
+        span, recent = (first, last if len(sizes) == 2 else 0) if policy == "anchors" else (0, first)
+        return make_window(policy, recent, span, tokenizer, sink)
 
     def __str__(self) -> str:
         plain = Layout.plain(self.place)

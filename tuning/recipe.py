@@ -1,15 +1,22 @@
 """`Recipe`: what an adapter is trained on and how; and what a step draws from it."""
 
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from longstride.engine.context import MIN_SINK
+from longstride.engine.tokenizer import Frame
 from longstride.errors import BadInput
 from longstride.tuning.layouts import Layout
 from longstride.tuning.strides import Places, Shape, Window
 from longstride.tuning.trees import Sample
 
+ASKS = (
+    "What comes next?",
+    "Quote what follows in the text.",
+    "Go on with the text, and use the passages where they help.",
+    "What does the text say then?",
+)
 Marks = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -19,9 +26,11 @@ class Recipe:
 
     FlashBack's settings (arXiv 2405.04065, section 4) where nothing was found to be better: rank 16, alpha 32,
     dropout 0.05, warm-up of a tenth, cosine decay, loss on the targets only. `chance`: the share of strides that get
-    passages at random, from which the model learns to pass over useless ones. `distil`: weight of the divergence
-    from the base model without retrieval at the start; it falls to nothing at the end (an adapter that acts everywhere
-    has no base beside it, and does without).
+    passages at random, from which the model learns to pass over useless ones.
+
+    `distil`: the share of the loss that is the divergence from `teacher`, the rest being that of the text itself.
+    `turns`: the share of windows that end with one of `ASKS`, what follows being the answer; without them a
+    conversation's model comes to continue texts where it should answer.
     """
 
     layout: Layout = field(default_factory=lambda: Layout.parse("end,passages=3"))
@@ -36,14 +45,17 @@ class Recipe:
     warmup: float = 0.1
     chance: float = 0.2
     distil: float = 0.5
+    turns: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         shape, layout = self.shape, self.layout
         if min(self.steps, self.rank, self.alpha) < 1 or self.rate <= 0:
             raise BadInput("steps, rank and alpha are numbers from 1 on, and the rate is above 0")
-        if not (0 <= self.dropout < 1 and 0 <= self.chance <= 1 and self.distil >= 0 and 0 <= self.warmup < 1):
-            raise BadInput("dropout and warmup lie between 0 and 1, chance from 0 to 1, distil from 0 on")
+        if not (0 <= self.dropout < 1 and 0 <= self.chance <= 1 and 0 <= self.distil <= 1 and 0 <= self.turns <= 1):
+            raise BadInput("dropout lies between 0 and 1, chance, distil and turns from 0 to 1")
+        if not 0 <= self.warmup < 1:
+            raise BadInput("warmup lies between 0 and 1")
         if shape.passage >= shape.window:
             raise BadInput(
                 f"passages of {shape.passage} tokens are as long as the window of {shape.window}; take shorter ones"
@@ -53,6 +65,16 @@ class Recipe:
         if self.acts == "segment" and layout.place in {"none", "prepend"}:
             raise BadInput(f"an adapter for {layout.place} has no segment to act on; let it act everywhere")
 
+    @property
+    def teacher(self) -> Layout | None:
+        """Where the untrained base does well what is trained for: with all of the text in view, or with the same
+        passages beside it. None where that is the layout itself."""
+        if self.layout.window:
+            return Layout("none")
+        if self.layout.place in {"end", "turn"}:
+            return replace(Layout.plain("beside"), passages=self.layout.passages)
+        return None
+
     def describe(self) -> dict[str, Any]:
         """As JSON."""
         return {**asdict(self), "modules": list(self.modules)}
@@ -61,12 +83,17 @@ class Recipe:
 class Steps:
     """What each step trains on: a function of recipe, data and the step's number alone, so that a run can go on."""
 
-    def __init__(self, recipe: Recipe, places: Places, marks: Marks, prompt: list[int]) -> None:
+    def __init__(self, recipe: Recipe, places: Places, marks: Marks, frame: Frame | None = None) -> None:
+        """`frame`: the conversation that texts stand in; without it they stand alone."""
+        if recipe.turns and frame is None:
+            raise BadInput("turns need a conversation around the texts (--frame)")
         self.recipe = recipe
         self.places = places
         self.marks = marks if recipe.layout.marks else ((), ())
-        self.prompt = prompt
-        self._kept = recipe.layout.new_window(places.pasts[0].corpus.tokenizer, max(len(prompt), MIN_SINK))
+        self.prompt = prompt = list(frame.prompt) if frame is not None else []
+        tokenizer = places.pasts[0].corpus.tokenizer
+        self._turns = [[*tokenizer.encode(f"\n\n{ask}"), *frame.answer] for ask in ASKS] if frame is not None else []
+        self._kept = [one.new_window(tokenizer, max(len(prompt), MIN_SINK)) for one in spread(recipe.layout)]
         self._epoch = -1
         self._order: list[tuple[Any, int]] = []
         self._count = sum(map(len, places.starts))
@@ -79,6 +106,9 @@ class Steps:
             past, start = self._place(step + attempt * recipe.steps)
             window = past.window(start, recipe.shape, recipe.seed + step, oracle=False)
             sample = self.draw(window, rng)
+            if recipe.turns and rng.random() < recipe.turns:
+                turn = rng.choice(self._turns)[-len(window.text) :]
+                window = replace(window, text=[*window.text[len(turn) :], *turn])
             if any(sample.passages):  # for the control without retrieval too: the same windows
                 return window, sample
         raise BadInput("retrieval found no passage for any of 100 windows; give more or longer texts")
@@ -99,4 +129,20 @@ class Steps:
         for stride in window.strides:
             drawn = stride.chance if rng.random() < recipe.chance else stride.found
             passages.append([passage[: max(1, longest)] for passage in drawn[:count]])
-        return Sample(recipe.layout, passages, self.marks, self.prompt, self._kept)
+        return Sample(recipe.layout, passages, self.marks, self.prompt, rng.choice(self._kept))
+
+    def taught(self, sample: Sample) -> Sample | None:
+        """The same passages where the teacher has them, without marks, which it does not know."""
+        teacher = self.recipe.teacher
+        if teacher is None or not self.recipe.distil:
+            return None
+        return Sample(teacher, sample.passages, ((), ()), sample.prompt)
+
+
+def spread(layout: Layout) -> list[Layout]:
+    """What is drawn from: with anchors also half and a quarter of the span, and nothing kept but the open span."""
+    policy, *sizes = layout.window.split(":")
+    if policy != "anchors":
+        return [layout]
+    spans = [size for size in (int(sizes[0]) >> halved for halved in range(3)) if size > 1]
+    return [replace(layout, window=":".join([policy, str(span), *more])) for span in spans for more in ([], sizes[1:])]

@@ -117,6 +117,18 @@ class Losses:
         hidden = self._hidden(data.ids, data.positions, self._bias(data.mask, data.added), past)
         return self._logits(hidden[data.at[0], data.at[1]]), None if self.everywhere else base
 
+    @torch.no_grad()
+    def teacher(self, tree: Tree) -> torch.Tensor:
+        """The base's logits [targets, vocabulary]."""
+        data = batch(tree, self.device)
+        past = None
+        with self.model.disable_adapter():
+            if tree.ids:
+                past, _ = self._text(data)
+                past.batch_repeat_interleave(len(tree.branches))
+            hidden = self._hidden(data.ids, data.positions, self._bias(data.mask, data.added), past)
+        return self._logits(hidden[data.at[0], data.at[1]])
+
     def _text(self, data: Batch) -> tuple[Any, torch.Tensor]:
         from transformers import DynamicCache
 
@@ -185,17 +197,19 @@ class Run:
         grown = tree(window, sample, recipe.shape)
         logits, base = self.losses(grown)
         targets = torch.tensor([t for b in grown.branches for t in b.targets], device=logits.device)
-        loss = functional.cross_entropy(logits, targets)
-        whole = loss
+        ours = functional.log_softmax(logits, -1)
+        whole = loss = functional.nll_loss(ours, targets)
         line = {"loss": loss.item()}
         if not math.isfinite(line["loss"]):
             raise ModelError(f"the loss of step {step} is not finite; train again with a lower --rate")
         if base is not None:
             line["none"] = functional.cross_entropy(base, targets).item()
-            weight = recipe.distil * (1 - step / recipe.steps)
-            if weight:
-                ours, theirs = functional.log_softmax(logits, -1), functional.log_softmax(base, -1)
-                whole = whole + weight * functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        if (taught := self.steps.taught(sample)) is not None:
+            theirs = functional.log_softmax(self.losses.teacher(tree(window, taught, recipe.shape)), -1)
+            line["teacher"] = functional.nll_loss(theirs, targets).item()
+            apart = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+            line["apart"] = apart.item()
+            whole = (1 - recipe.distil) * loss + recipe.distil * apart
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(whole)
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -307,10 +321,11 @@ def smoothed(values: list[float], over: int = 20) -> Iterator[float]:
 
 
 def plot(log: list[dict[str, float]], to: Path) -> None:
-    """Loss by step, beside the base model's without retrieval on the same targets."""
+    """Loss by step, beside the base model's on the same targets."""
     plt = pyplot()
     figure, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for name, label in (("loss", "with the adapter"), ("none", "base model, no retrieval")):
+    labels = {"loss": "with the adapter", "none": "base model, no retrieval", "teacher": "base model as the teacher"}
+    for name, label in labels.items():
         if all(name in line for line in log):
             ax.plot(list(smoothed([line[name] for line in log])), label=label)
     ax.set_xlabel("step")

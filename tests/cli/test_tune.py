@@ -148,10 +148,10 @@ def test_a_training_that_cannot_be_is_refused(folder, arguments, message):
 def test_an_adapter_for_anchors_is_trained_measured_and_used_where_it_fits(folder):
     corpus = ["--corpus", folder / "train", "--out", folder / "out"]
     done = invoke(
-        tune.app, "anchors", *corpus, "--span", "12", "--length", "64", "--steps", "2", "--rank", "2", "--dropout", "0"
+        tune.app, "anchors", *corpus, "--span", "12", "--length", "128", "--steps", "2", "--rank", "2", "--dropout", "0"
     )
     assert done.exit_code == 0, done.stderr
-    assert "2 steps, 96 targets" in done.stdout
+    assert "2 steps, 128 targets" in done.stdout
     mine = ["--adapter", f"mine={folder / 'out'}"]
     asked = ["none", "none,window=anchors:12", "none,adapter=mine,window=anchors:12"]
     done = perplexity(

@@ -16,6 +16,7 @@ from tests.tiny import reference_logits, tiny_model
 RECENT, LONGEST = 20, 9
 ENDS = frozenset(range(0, 256, 7))
 SINK = max(PROMPT, 4)
+POLICIES = ["separators", "cascade", "anchors", "anchors and recent"]
 
 
 def window(name):
@@ -23,6 +24,7 @@ def window(name):
         "separators": lambda: Separators(SINK, RECENT, ENDS),
         "cascade": lambda: Cascade(SINK, RECENT),
         "anchors": lambda: Anchors(SINK, LONGEST, ENDS),
+        "anchors and recent": lambda: Anchors(SINK, LONGEST, ENDS, RECENT),
     }[name]()
 
 
@@ -30,7 +32,7 @@ def spans(text):
     """Each token's (first of its span, its anchor or -1), from the definition in docs/methods.md."""
     out, start = [(i, i) for i in range(SINK)], SINK
     for i in range(SINK, len(text)):
-        if text[i] in ENDS or i - start + 1 == LONGEST:
+        if i - start + 1 == LONGEST or (text[i] in ENDS and i - start + 1 > LONGEST / 2):
             out += [(start, i)] * (i + 1 - start)
             start = i + 1
     return torch.tensor(out + [(start, -1)] * (len(text) - start) + [(len(text), -2)])
@@ -59,6 +61,8 @@ def seen_by(name, text, size):
     first, end = whose
     is_anchor = (mine[1] == at) & (at >= SINK) & (at < n)
     others = (end == key) | (end == -1) | (first == mine[0]) | (key >= n)
+    if name == "anchors and recent":
+        others |= (end >= 0) & (at <= end + RECENT)
     return torch.where(is_anchor, first == mine[0], others)
 
 
@@ -169,7 +173,7 @@ def drop_early(monkeypatch):
     monkeypatch.setattr(sequence_module, "DROP", 4)
 
 
-@pytest.mark.parametrize("policy", ["separators", "cascade", "anchors"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("kind", "placement"),
     [("llama", Placement.BESIDE), ("llama", Placement.END), ("llama", Placement.TURN), ("gpt2", Placement.TURN)],
@@ -201,7 +205,7 @@ def test_text_that_a_window_decides_on_follows_no_segment():
     context.append([8])
 
 
-@pytest.mark.parametrize("policy", ["separators", "cascade", "anchors"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("budget", [1, 13, 512])
 def test_reading_in_any_chunks_equals_the_masked_forward_and_keeps_few_rows(policy, budget):
     plain, runner = tiny_model("llama")
@@ -224,7 +228,7 @@ def test_reading_in_any_chunks_equals_the_masked_forward_and_keeps_few_rows(poli
     assert sequence.cache.length <= int(sees[-1].sum()) + LONGEST < 0.7 * len(text)
 
 
-@pytest.mark.parametrize("policy", ["separators", "cascade", "anchors"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("placement", list(Placement))
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 def test_a_segment_behind_a_text_that_lost_rows_is_exact(kind, placement, policy):

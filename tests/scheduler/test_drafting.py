@@ -56,6 +56,21 @@ async def test_answers_are_the_same_with_and_without_drafts(tmp_path, placement,
     assert sum(answer.usage.accepted for answer in answers["tree"]) > 5  # a random model soon repeats itself
 
 
+@pytest.mark.parametrize("window", ["separators", "cascade", "anchors", "rollup"])
+async def test_answers_behind_a_window_are_the_same_with_and_without_drafts(tmp_path, window):
+    made = {}
+    kept = {"window": window, "recent_tokens": 40, "span_tokens": 12, "stride": 5, "budget_tokens": 512}
+    for drafting in ("off", "tree"):
+        (tmp_path / drafting).mkdir()
+        async with opened(tmp_path / drafting, drafting=drafting, **kept) as assistant:
+            session = await assistant.session("s")
+            await session.feed(TEXT)
+            assert session.window_start > 0
+            made[drafting] = [await session.answer(q, max_tokens=40, remember=True) for q in QUESTIONS]
+    assert [seen(answer) for answer in made["tree"]] == [seen(answer) for answer in made["off"]]
+    assert sum(answer.usage.accepted for answer in made["tree"]) > 5
+
+
 async def test_sessions_in_one_forward_draft_apart(tmp_path):
     """Every drafted token of a session is one that this session read, was asked or has answered."""
     alphabets = {"a": "abcdefgh", "b": "ijklmnop", "c": "qrstuvwx"}

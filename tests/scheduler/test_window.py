@@ -13,9 +13,10 @@ async def window_and_answer(assistant) -> tuple[int, list[int], str]:
     return session.window_start, list(session.sequence.context.text), answer.text
 
 
-@pytest.fixture(params=["sinks", "separators", "cascade", "anchors", "rollup"])
+@pytest.fixture(params=["sinks", "separators", "cascade", "anchors", "anchors alone", "rollup"])
 def policy(request):
-    return {"window": request.param, "recent_tokens": 40, "span_tokens": 12}
+    window, _, alone = request.param.partition(" ")
+    return {"window": window, "recent_tokens": 0 if alone else 40, "span_tokens": 12}
 
 
 async def unbroken(tmp_path, policy) -> tuple[int, list[int], str]:
@@ -105,7 +106,7 @@ async def test_a_remembered_answer_is_part_of_the_stream_after_a_restart_too(tmp
 
 
 async def test_what_a_policy_dropped_is_retrieved_though_the_window_still_spans_it(tmp_path):
-    async with opened(tmp_path, window="anchors", span_tokens=12) as assistant:
+    async with opened(tmp_path, window="anchors", recent_tokens=0, span_tokens=12) as assistant:
         session = await assistant.session("s")
         await session.feed(TEXT[:300])
         assert session.window_start == 0
@@ -200,7 +201,7 @@ async def test_a_decoded_token_costs_no_work_that_grows_with_the_context(tmp_pat
     looked = []
     sight = Window.sight
     monkeypatch.setattr(Window, "sight", lambda self, *given: looked.append(given) or sight(self, *given))
-    async with opened(tmp_path, window="anchors", span_tokens=12, context_tokens=1024) as assistant:
+    async with opened(tmp_path, window="anchors", recent_tokens=0, span_tokens=12, context_tokens=1024) as assistant:
         session = await assistant.session("s")
         await session.feed(TEXT[:400])
         await session.answer("What of thing2?", remember=True)

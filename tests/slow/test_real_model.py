@@ -86,9 +86,9 @@ READER = """
     import asyncio, sys
     from longstride import Assistant
 
-    async def main(db, path):
+    async def main(db, path, window):
         async with Assistant.open(db, dtype="fp32", max_tokens=24) as assistant:
-            session = await assistant.session("book", policy="never")
+            session = await assistant.session("book", policy="never", window=window)
             ids = assistant.model.tokenizer.encode(open(path).read())[:4000]
             await session.feed_ids(ids)
             answer = await session.answer("What is the bottle's label?")
@@ -100,11 +100,11 @@ READER = """
 """
 
 
-def read_answer_and_be_killed(tmp_path):
+def read_answer_and_be_killed(tmp_path, window):
     """Read 4,000 tokens in another process, answer, and kill -9 it in the middle of the next answer."""
     book = tmp_path / "book.txt"
     book.write_text(CHAPTERS)
-    line = [sys.executable, "-c", textwrap.dedent(READER), str(tmp_path / "t.db"), str(book)]
+    line = [sys.executable, "-c", textwrap.dedent(READER), str(tmp_path / "t.db"), str(book), window]
     with processes.started(line, stdout=subprocess.PIPE, env=ENVIRONMENT) as reader:
         answer = reader.stdout.readline().strip()
         assert reader.stdout.readline().strip() == "generating"
@@ -112,11 +112,12 @@ def read_answer_and_be_killed(tmp_path):
     return answer
 
 
-async def test_kill_9_loses_nothing_and_the_answer_is_the_same(model, tmp_path):
+@pytest.mark.parametrize("window", ["sinks", "separators", "cascade", "anchors"])
+async def test_kill_9_loses_nothing_and_the_answer_is_the_same(model, tmp_path, window):
     """4,000 tokens are read, the process is killed in the middle of an answer; a new one goes on from the blocks."""
     from longstride import Assistant
 
-    unbroken = read_answer_and_be_killed(tmp_path)
+    unbroken = read_answer_and_be_killed(tmp_path, window)
     async with Assistant.open(tmp_path / "t.db", model=model, max_tokens=24) as assistant:
         session = await assistant.session("book", create=False)
         assert session.tokens == 4000

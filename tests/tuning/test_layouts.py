@@ -179,7 +179,7 @@ def test_a_shape_that_cannot_be_is_refused(wrong):
     every=st.integers(1, 9),
     adapter=st.sampled_from(["", "mine"]),
     weight=st.sampled_from([0.5, 1.0, 0.125]),
-    window=st.sampled_from(["", "anchors:64", "separators:5", "cascade:512"]),
+    window=st.sampled_from(["", "anchors:64", "anchors:64:0", "separators:5", "cascade:512"]),
 )
 def test_a_layout_is_read_as_it_is_spelled(**values):
     layout = Layout(**{**values, "window": values["window"] if values["place"] == "none" else ""})
@@ -199,6 +199,9 @@ def test_a_layout_is_read_as_it_is_spelled(**values):
         ("beside,weight=half", "weight is a number above 0"),
         ("end,source=best", "source is one of found, chance, oracle"),
         ("none,window=anchors", "window is POLICY:TOKENS, of separators, cascade, anchors"),
+        ("none,window=anchors:1", "window is POLICY:TOKENS"),
+        ("none,window=anchors:8:x", "or anchors:TOKENS:RECENT"),
+        ("none,window=cascade:8:8", "window is POLICY:TOKENS"),
         ("none,window=sinks:8", "window is POLICY:TOKENS"),
         ("beside,window=anchors:8", "goes with none only"),
         ("", "'' is none of"),

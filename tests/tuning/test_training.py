@@ -14,9 +14,10 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from longstride.engine.adapter import load_adapter
 from longstride.engine.model import PlainModel
+from longstride.engine.tokenizer import Frame
 from longstride.errors import BadInput, ModelError
 from longstride.tuning.layouts import Layout, Scorer
-from longstride.tuning.recipe import Recipe, Steps
+from longstride.tuning.recipe import Recipe, Steps, spread
 from longstride.tuning.strides import Corpus, Places, Shape, Stride, Window
 from longstride.tuning.training import Losses, Run, attach, plot, rate
 from longstride.tuning.trees import Sample, tree
@@ -27,6 +28,7 @@ from tests.tuning.test_layouts import MARKS, PROMPT, SHAPE, window
 from tests.tuning.test_strides import text
 
 OWN = ((262,), (263,))
+ANSWER = (7, 8)
 SMALL = Shape(window=40, strides=2, stride=6, query=12, passage=16, passages=2)
 
 
@@ -49,7 +51,7 @@ def losses(found: Losses, layout: Layout, of: Window, marks=MARKS) -> list[float
 
 
 KINDS = ["llama", "qwen2", "mistral", "gpt2", "opt"]
-WINDOWS = ["none,window=anchors:6", "none,window=separators:9", "none,window=cascade:8"]
+WINDOWS = ["none,window=anchors:6", "none,window=anchors:6:9", "none,window=separators:9", "none,window=cascade:8"]
 SPELLED = [
     *WINDOWS,
     "none",
@@ -93,17 +95,64 @@ def test_the_text_of_a_tree_predicts_the_targets_without_retrieval():
     assert found == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("spelled", "teacher"),
+    [("none,window=anchors:6", "none"), ("end,passages=2", "beside,passages=2"), ("turn", "beside")],
+)
+def test_the_teacher_is_the_base_that_has_the_same_in_view(tmp_path, spelled, teacher):
+    one, layout, of = run(tmp_path, spelled=spelled, acts="everywhere", distil=1.0), Layout.parse(spelled), window()
+    for parameter in one.parameters.values():
+        torch.nn.init.normal_(parameter)  # an adapter that changes everything: the teacher must not have it
+    grown = tree(of, one.steps.taught(sample(layout, of, OWN)), SHAPE)
+    targets = torch.tensor([target for branch in grown.branches for target in branch.targets])
+    ours = functional.cross_entropy(one.losses.teacher(grown), targets, reduction="none").tolist()
+    theirs = Scorer(tiny_loaded("llama"), PROMPT).score(of, Layout.parse(teacher), SHAPE).losses
+    assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+def test_nothing_teaches_where_the_base_sees_no_more_or_no_share_is_asked_for(tmp_path):
+    of = window()
+    for name, spelled, changes in (("a", "none", {"acts": "everywhere"}), ("b", "end", {"distil": 0.0})):
+        one = run(tmp_path / name, spelled=spelled, **changes)
+        assert one.steps.taught(sample(one.recipe.layout, of)) is None
+
+
+def test_anchors_are_trained_with_shorter_spans_and_with_recent_tokens_too():
+    drawn = spread(Layout.parse("none,window=anchors:12:5"))
+    assert sorted(one.window for one in drawn) == sorted(
+        f"anchors:{span}{recent}" for span in (12, 6, 3) for recent in ("", ":5")
+    )
+    assert spread(Layout.parse("none,window=separators:9")) == [Layout.parse("none,window=separators:9")]
+    assert spread(Layout.parse("end")) == [Layout.parse("end")]
+
+
+def test_a_share_of_the_windows_ends_with_a_question(tmp_path):
+    plain, asked = run(tmp_path, steps=40), run(tmp_path, steps=40, turns=0.5)
+    ends = 0
+    for step in range(40):
+        (before, _), (after, sample) = plain.steps(step), asked.steps(step)
+        assert len(after.text) == len(before.text)
+        assert after.strides == before.strides
+        assert sample.prompt == PROMPT
+        if after.text != before.text:
+            ends += 1
+            assert after.text[-2:] == list(ANSWER)
+    assert 10 <= ends <= 30
+    assert not any(plain.steps(step)[0].text[-2:] == list(ANSWER) for step in range(40))
+
+
 # --- runs ---
 
 
 def run(
     out: Path, kind: str = "llama", spelled: str = "end,passages=2", marks=OWN, prompt=PROMPT, model=None, **changes
 ) -> Run:
+    frame = Frame(tuple(prompt), ANSWER, ())
     recipe = Recipe(layout=Layout.parse(spelled), shape=SMALL, **{"steps": 4, "rank": 4, "rate": 1e-2, **changes})
     texts = [text(i) for i in range(3)]
     places = Places(texts, Corpus(texts, ByteTokenizer(), SMALL.passage), SMALL)
     manifest = {"base": "tiny", "model": "a tiny one", "data": [t.sha256 for t in texts], "vocabulary": "bytes"}
-    return Run(plain(kind, **(model or {})), recipe, Steps(recipe, places, marks, prompt), marks, out, manifest)
+    return Run(plain(kind, **(model or {})), recipe, Steps(recipe, places, marks, frame), marks, out, manifest)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +187,13 @@ def test_training_brings_the_loss_down(tmp_path):
     one.go()
     first, last = (sum(line["loss"] for line in part) / 10 for part in (one.log[:10], one.log[-10:]))
     assert last < first - 0.5
+
+
+def test_distilling_brings_what_it_says_closer_to_the_teacher(tmp_path):
+    one = run(tmp_path, spelled="none,window=anchors:6", acts="everywhere", steps=80, dropout=0.0, distil=1.0)
+    one.go()
+    first, last = (sum(line["apart"] for line in part) / 20 for part in (one.log[:20], one.log[-20:]))
+    assert last < 0.8 * first
 
 
 @pytest.mark.parametrize("spelled", ["none", "prepend", "none,window=anchors:6"])
@@ -270,7 +326,10 @@ def test_the_two_rows_alone_are_saved_of_the_embedding(tmp_path):
     [
         ({"steps": 0}, "numbers from 1 on"),
         ({"rate": 0.0}, "the rate is above 0"),
-        ({"dropout": 1.0}, "dropout and warmup"),
+        ({"dropout": 1.0}, "dropout lies between"),
+        ({"distil": 1.5}, "distil and turns from 0 to 1"),
+        ({"warmup": 1.0}, "warmup lies between"),
+        ({"turns": -0.1}, "distil and turns from 0 to 1"),
         ({"modules": ("q_proj", "q_projection")}, "'q_projection' is no linear layer of this model; it has down_proj"),
         ({"modules": ("lm_head",)}, "'lm_head' is no linear layer"),
         ({"modules": ("embed_tokens",)}, "'embed_tokens' is no linear layer"),
@@ -315,12 +374,18 @@ def test_passages_as_long_as_the_window_are_refused():
         Recipe(shape=Shape(window=100, passage=100))
 
 
+def test_turns_without_a_conversation_are_refused():
+    places = Places([text(0)], Corpus([], ByteTokenizer(), SMALL.passage), SMALL)
+    with pytest.raises(BadInput, match="turns need a conversation"):
+        Steps(Recipe(shape=SMALL, turns=0.5), places, OWN)
+
+
 def test_texts_in_which_nothing_is_found_are_refused(tmp_path):
     recipe = Recipe(layout=Layout.parse("end,refresh=16"), shape=SMALL, chance=0.0)
     lone = replace(text(0), body="a b c d. " * 150)  # single letters are no words
     places = Places([lone], Corpus([], ByteTokenizer(), SMALL.passage), SMALL)
     with pytest.raises(BadInput, match="found no passage"):
-        Steps(recipe, places, OWN, [])(0)
+        Steps(recipe, places, OWN)(0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
