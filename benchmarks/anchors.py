@@ -61,6 +61,8 @@ def policies(model: Model, adapter: Adapter | None) -> Iterator[Policy]:
     """All that are compared. `recent` is StreamingLLM's: the first tokens and the last."""
     marks = punctuation(model.tokenizer)
     yield Policy("full", "", lambda _sink: None)
+    if adapter is not None:
+        yield Policy("full, tuned", "", lambda _sink: None, adapter)  # what the adapter does to the text itself
     makers: dict[str, Callable[[int, int], Window]] = {
         "recent": lambda size, sink: Separators(sink, size, frozenset()),
         "separators": lambda size, sink: Separators(sink, size, marks.separators),
@@ -89,17 +91,20 @@ def read(model: Model, ids: list[int], policy: Policy) -> None:
     )  # fmt: skip
     sequence = Sequence(runner, context, max_rows=limit, adapter=policy.adapter)
     began = time.perf_counter()
-    half = len(ids) // 2
+    half = len(ids) // 2 // CHUNK * CHUNK
     for at in range(0, len(ids), CHUNK):
+        if at == half:
+            policy.read.append((time.perf_counter() - began) / half)
         chunk = ids[at : at + CHUNK]
         context.append(chunk)
         if at < half:
             sequence.run(runner)
+            sequence.settle(worth=True)  # as a session does
         else:
             policy.losses += losses_of(last_logits(runner, sequence, len(chunk))[:-1], chunk[1:])
-    policy.read.append((time.perf_counter() - began) / len(ids))
+            sequence.settle(worth=True)
     sequence.settle()
-    policy.rows.append(sequence.cache.length)
+    policy.rows.append(sequence.cache.length - len(prompt))
     context.begin_turn()
     for token in ids[:STEPS]:
         context.append([token])
@@ -200,15 +205,11 @@ def rows_of(found: list[Policy], model: Model, tokens: int) -> list[Row]:
 
 
 def stretches(model: Model, bodies: list[str], tokens: int, count: int) -> list[list[int]]:
-    """`count` pieces of `tokens` tokens, from different places of different texts."""
+    """At most `count` pieces of `tokens` tokens, none overlapping another, the texts taking turns."""
     encoded = [model.tokenizer.encode(body) for body in bodies]
-    encoded = [ids for ids in encoded if len(ids) >= tokens]
-    per = -(-count // max(1, len(encoded)))
-    by_text = [
-        [ids[at : at + tokens] for at in range(0, len(ids) - tokens + 1, max(1, (len(ids) - tokens) // per))[:per]]
-        for ids in encoded
-    ]
-    return [piece for turn in range(per) for pieces in by_text for piece in pieces[turn : turn + 1]][:count]
+    by_text = [[ids[at : at + tokens] for at in range(0, len(ids) - tokens + 1, tokens)] for ids in encoded]
+    turns = range(max(map(len, by_text), default=0))
+    return [piece for turn in turns for pieces in by_text for piece in pieces[turn : turn + 1]][:count]
 
 
 def cases(model: Model, specs: list[str], count: int, tokens: int) -> list[Case]:
@@ -221,7 +222,8 @@ def cases(model: Model, specs: list[str], count: int, tokens: int) -> list[Case]
             if asked >= per:
                 break
             if case.text and len(model.tokenizer.encode(case.text)) <= tokens:
-                questions: tuple[Question, ...] = case.questions[:8]
+                # from all over the text: they stand in its order
+                questions: tuple[Question, ...] = case.questions[:: max(1, len(case.questions) // 8)][:8]
                 found.append(Case(case.name, case.text, (), questions))
                 asked += len(questions)
     return found

@@ -75,8 +75,9 @@ def marks(
     ] = 0.5,
     frame: Frame = False,
     turns: Annotated[
-        float, typer.Option("--turns", help="Share of windows that end with a question (with --frame).")
-    ] = 0.3,
+        float | None,
+        typer.Option("--turns", help="Share of windows that end with a question.", show_default="0.3 with --frame"),
+    ] = None,
     seed: Seed = 0,
     model: c.ModelName = None,
     device: c.Device = None,
@@ -95,7 +96,7 @@ def marks(
         layout=wanted, shape=Shape(window, strides, stride, query_tokens, passage_tokens, wanted.passages),
         acts="segment" if acts == "segment" else "everywhere", steps=steps, rate=rate,
         rank=rank, alpha=alpha, dropout=dropout, modules=tuple(name for name in (modules or "").split(",") if name),
-        warmup=warmup, chance=chance, distil=distil, turns=turns if frame else 0.0,
+        warmup=warmup, chance=chance, distil=distil, turns=(0.3 if frame else 0.0) if turns is None else turns,
         seed=seed,
     )  # fmt: skip
     train(recipe, corpus, out, (model, device, dtype), mark_ids, plot, frame=frame)

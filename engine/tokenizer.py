@@ -120,7 +120,7 @@ class HFTokenizer:
 
 @dataclass(frozen=True)
 class Punctuation:
-    """Ids of tokens that end a sentence or a paragraph, and of those that separate anything (lines too)."""
+    """Ids of tokens that end a sentence, and of those that separate anything (lines too)."""
 
     ends: frozenset[int]
     separators: frozenset[int]
@@ -132,7 +132,7 @@ def punctuation(tokenizer: Tokenizer) -> Punctuation:
     texts = [(i, tokenizer.decode([i])) for i in range(tokenizer.size) if i not in tokenizer.special]
     marks = [(i, text, text.strip(CLOSING)) for i, text in texts]
     return Punctuation(
-        frozenset(i for i, text, mark in marks if "\n\n" in text or (mark and not mark.strip(".?!"))),
+        frozenset(i for i, text, mark in marks if mark and not mark.strip(".?!")),
         frozenset(i for i, text, mark in marks if "\n" in text or (mark and not mark.strip(".?!,;:"))),
     )
 

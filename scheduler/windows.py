@@ -2,6 +2,7 @@
 
 from longstride.engine.tokenizer import Tokenizer, punctuation
 from longstride.engine.window import Anchors, Cascade, Separators, Window
+from longstride.errors import BadInput
 from longstride.scheduler.settings import SessionSettings
 
 POLICIES = ("separators", "cascade", "anchors")  # those that do not keep every row of what they have in view
@@ -26,7 +27,9 @@ def prepare(settings: SessionSettings, tokenizer: Tokenizer) -> None:
 
 
 def new_window(settings: SessionSettings, tokenizer: Tokenizer, sink: int) -> Window | None:
-    """What a session's settings ask for; None where every row stays (`refuse`, `sinks`)."""
+    """What a session's settings ask for; None where every row stays (`refuse`, `sinks`). Raises `BadInput`."""
     if settings.window not in POLICIES:
         return None
+    if not settings.recent_tokens and settings.window != "anchors":
+        raise BadInput(f"with recent_tokens 0 the window {settings.window} keeps next to nothing; take 1 or more")
     return make_window(settings.window, settings.recent_tokens, settings.span_tokens, tokenizer, sink)

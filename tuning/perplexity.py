@@ -14,7 +14,7 @@ from longstride.tuning.report import markdown, pyplot, save
 from longstride.tuning.statistics import Interval
 from longstride.tuning.strides import Shape, Window
 
-FORMAT = 3  # of what is kept; another number wherever the same layout would now give other losses
+FORMAT = 4  # of what is kept; another number wherever the same layout would now give other losses
 BASE = Layout("none")
 # What the issue of placements turns on: where, how many, how much is read again, and whether a useless passage harms.
 LAYOUTS = tuple(

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longstride.engine.tokenizer import StreamDecoder
+from longstride.engine.tokenizer import StreamDecoder, punctuation
 from tests.tiny import ByteTokenizer
 
 text = st.text(st.sampled_from("ab \n.é€😀STOP"), max_size=60)
@@ -48,3 +48,17 @@ def test_a_broken_character_at_the_end_is_dropped():
     decoder = StreamDecoder(ByteTokenizer())
     out = "".join(decoder.push(i) for i in "a€".encode()[:-1]) + decoder.flush()
     assert out == "a"
+
+
+def test_punctuation_is_what_is_nothing_else():
+    texts = [".", "?!", '."', ",", ";\n", "\n", " ", "a.", "3", ")"]
+
+    class Words(ByteTokenizer):
+        size, special = len(texts), frozenset()
+
+        def decode(self, ids):
+            return "".join(texts[i] for i in ids)
+
+    found = punctuation(Words())
+    assert {texts[i] for i in found.ends} == {".", "?!", '."'}
+    assert {texts[i] for i in found.separators} == {".", "?!", '."', ",", ";\n", "\n"}

@@ -206,6 +206,8 @@ async def test_wrong_names_and_settings_are_refused_in_words(tmp_path):
             await assistant.session("p", passage_tokens=600)
         with pytest.raises(BadInput, match="stride"):
             await assistant.session("p", stride=0)
+        with pytest.raises(BadInput, match="recent_tokens 0"):
+            await assistant.session("p", window="cascade", recent_tokens=0)
         with pytest.raises(BadInput, match="name"):
             await assistant.session("")
         session = await assistant.session("somebody")

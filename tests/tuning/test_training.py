@@ -17,7 +17,7 @@ from longstride.engine.model import PlainModel
 from longstride.engine.tokenizer import Frame
 from longstride.errors import BadInput, ModelError
 from longstride.tuning.layouts import Layout, Scorer
-from longstride.tuning.recipe import Recipe, Steps, spread
+from longstride.tuning.recipe import ASKS, Recipe, Steps, spread
 from longstride.tuning.strides import Corpus, Places, Shape, Stride, Window
 from longstride.tuning.training import Losses, Run, attach, plot, rate
 from longstride.tuning.trees import Sample, tree
@@ -127,30 +127,38 @@ def test_anchors_are_trained_with_shorter_spans_and_with_recent_tokens_too():
 
 
 def test_a_share_of_the_windows_ends_with_a_question(tmp_path):
-    plain, asked = run(tmp_path, steps=40), run(tmp_path, steps=40, turns=0.5)
+    long = replace(SMALL, window=80)
+    plain, asked = (run(tmp_path, steps=40, shape=long, turns=turns) for turns in (0.0, 0.5))
+    turns = [[*ByteTokenizer().encode(f"\n\n{ask}"), *ANSWER] for ask in ASKS]
     ends = 0
     for step in range(40):
         (before, _), (after, sample) = plain.steps(step), asked.steps(step)
-        assert len(after.text) == len(before.text)
         assert after.strides == before.strides
         assert sample.prompt == PROMPT
         if after.text != before.text:
             ends += 1
-            assert after.text[-2:] == list(ANSWER)
+            turn = next(turn for turn in turns if after.text[-len(turn) :] == turn)
+            assert after.text[: -len(turn)] == before.text[len(turn) :]  # no gap between the text and the question
     assert 10 <= ends <= 30
-    assert not any(plain.steps(step)[0].text[-2:] == list(ANSWER) for step in range(40))
 
 
 # --- runs ---
 
 
 def run(
-    out: Path, kind: str = "llama", spelled: str = "end,passages=2", marks=OWN, prompt=PROMPT, model=None, **changes
+    out: Path,
+    kind: str = "llama",
+    spelled: str = "end,passages=2",
+    marks=OWN,
+    prompt=PROMPT,
+    model=None,
+    shape=SMALL,
+    **changes,
 ) -> Run:
     frame = Frame(tuple(prompt), ANSWER, ())
-    recipe = Recipe(layout=Layout.parse(spelled), shape=SMALL, **{"steps": 4, "rank": 4, "rate": 1e-2, **changes})
+    recipe = Recipe(layout=Layout.parse(spelled), shape=shape, **{"steps": 4, "rank": 4, "rate": 1e-2, **changes})
     texts = [text(i) for i in range(3)]
-    places = Places(texts, Corpus(texts, ByteTokenizer(), SMALL.passage), SMALL)
+    places = Places(texts, Corpus(texts, ByteTokenizer(), SMALL.passage), shape)
     manifest = {"base": "tiny", "model": "a tiny one", "data": [t.sha256 for t in texts], "vocabulary": "bytes"}
     return Run(plain(kind, **(model or {})), recipe, Steps(recipe, places, marks, frame), marks, out, manifest)
 
