@@ -48,9 +48,14 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.worker --json docs/benchmarks/worker.json --plot docs/benchmarks/worker.png
 	$(BIN)/python -m benchmarks.snapshots --json docs/benchmarks/snapshots.json
 	$(BIN)/python -m benchmarks.retrieval --json docs/benchmarks/retrieval.json
-	$(BIN)/python -m benchmarks.anchors --json docs/benchmarks/anchors.json --plot docs/benchmarks/anchors.png
-	for w in anchors sinks; do $(BIN)/python -m benchmarks.endless --tiny --window $$w --tokens 1000000 \
-	    --json docs/benchmarks/endless-$$w.json --plot docs/benchmarks/endless-$$w.png || exit 1; done
+	$(BIN)/python -m benchmarks.anchors --texts $(wildcard $(DATA)/books/pg1*.txt) --tokens 7500 --json docs/benchmarks/anchors.json \
+	    --plot docs/benchmarks/anchors.png --questions squad=$(QA)/squad.docs.jsonl,$(QA)/squad.qa.jsonl \
+	    fairytaleqa=$(QA)/fairytaleqa.docs.jsonl,$(QA)/fairytaleqa.qa.jsonl
+	for w in anchors sinks; do $(BIN)/python -m benchmarks.endless --window $$w --tokens 1000000 --texts $(BOOKS) \
+	    --db $(WORK)/endless-$$w.db --kills 4 --every 70 --json docs/benchmarks/endless-$$w.json \
+	    --plot docs/benchmarks/endless-$$w.png || exit 1; done
+	$(BIN)/python -m benchmarks.recall --texts $(BOOKS) --db $(WORK)/endless-sinks.db \
+	    --then $(LM)/wikitext103.valid.tokens.txt --json docs/benchmarks/recall.json
 
 # The evaluation texts; DATA names their folder. What is finished is kept in WORK, so a run that was stopped goes on.
 DATA ?= ../shared/data
@@ -59,6 +64,7 @@ EVALUATION := docs/evaluation
 LM := $(DATA)/lm
 QA := $(DATA)/qa
 STREAMS := $(DATA)/streams
+BOOKS := $(wildcard $(DATA)/books/*.txt)
 LOGS := $(STREAMS)/log_apache.txt,$(STREAMS)/log_hdfs.txt,$(STREAMS)/log_hpc.txt,$(STREAMS)/log_openssh.txt,$(STREAMS)/log_spark.txt,$(STREAMS)/log_zookeeper.txt
 # What `make adapter` trained is measured too, where it is there.
 ADAPTER ?= build/smollm2-end

@@ -31,7 +31,14 @@ CHUNK = 256
 STEPS = 16  # tokens decoded one by one at the end
 ANSWER = 24  # tokens of an answer at most
 ANCHORS = ((32, 0), (64, 0), (128, 0), (32, 128), (64, 128), (128, 128), (64, 512))  # span, recent
-SIZES = {"recent": (128, 256, 512, 1024), "separators": (64, 256, 512), "cascade": (64, 128, 256)}
+SIZES = {"recent": (128, 256, 512, 1024), "separators": (64, 256), "cascade": (64, 128, 256)}
+ASKED = {
+    "full",
+    "recent 256",
+    "recent 1024",
+    "separators 256",
+    "cascade 128",
+}  # questions take time; and all of span 64
 
 
 @dataclass
@@ -50,6 +57,11 @@ class Policy:
     rows: list[int] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+
+    @property
+    def asked(self) -> bool:
+        """Whether it is asked questions."""
+        return (self.adapter is not None and self.size in {"", "64"}) or f"{self.name} {self.size}".strip() in ASKED
 
     @property
     def perplexity(self) -> float:
@@ -160,16 +172,18 @@ def plot(found: list[Policy], tokens: int, to: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    asked = bool(found[0].gold)
-    figure, axes = plt.subplots(1, 2 + asked, figsize=(5 + 5 * asked + 4, 4.2), layout="constrained")
+    asked = [policy for policy in found if policy.gold]
+    figure, axes = plt.subplots(1, 3 if asked else 2, figsize=(15 if asked else 10, 4.2), layout="constrained")
     titles = ["perplexity", "ms a decoded token", "nats a token of the gold answer"]
     for name in dict.fromkeys(policy.name for policy in found):
         mine = [policy for policy in found if policy.name == name]
-        kept = [100 * statistics.mean(policy.rows) / tokens for policy in mine]
         values = [[policy.perplexity for policy in mine], [statistics.median(policy.decode) for policy in mine]]
-        values += [[statistics.fmean(policy.gold) for policy in mine]] if asked else []
-        for axis, line in zip(axes, values, strict=True):
-            axis.plot(kept, line, "k*" if name == "full" else "o-", label=name)
+        lines = [(axis, mine, value) for axis, value in zip(axes, values, strict=False)]
+        if said := [policy for policy in mine if policy.gold]:
+            lines.append((axes[2], said, [statistics.fmean(policy.gold) for policy in said]))
+        for axis, drawn, value in lines:
+            kept = [100 * statistics.mean(policy.rows) / tokens for policy in drawn]
+            axis.plot(kept, value, "*" if name.startswith("full") else "o-", label=name)
     for axis, title in zip(axes, titles, strict=False):
         axis.set_xscale("log")
         axis.set_xlabel(f"rows kept of {tokens:,}, %")
@@ -253,7 +267,8 @@ def main() -> None:
         read(model, ids, policy)
     limit = min(model.runner.max_positions, options.tokens + 256)
     about = cases(model, options.questions, options.asked, limit - 256)
-    for case, policy in track([(case, p) for case in about for p in found], "asking", console=Console(stderr=True)):
+    asked = [(case, policy) for case in about for policy in found if policy.asked]
+    for case, policy in track(asked, "asking", console=Console(stderr=True)):
         ask(model, case, policy, limit)
     ratios = {f"perplexity, {p.name} {p.size}": p.perplexity / found[0].perplexity for p in found}
     told = {"tokens": options.tokens, "texts": len(pieces), "questions": len(found[0].f1)}
