@@ -29,6 +29,7 @@ from longstride.tuning.texts import texts
 
 CHUNK = 256
 STEPS = 16  # tokens decoded one by one at the end
+TOGETHER = 4  # sessions that decode in one forward
 ANSWER = 24  # tokens of an answer at most
 ANCHORS = ((32, 0), (64, 0), (128, 0), (32, 128), (64, 128), (128, 128), (64, 512))  # span, recent
 SIZES = {"recent": (128, 256, 512, 1024), "separators": (64, 256), "cascade": (64, 128, 256)}
@@ -44,7 +45,8 @@ ASKED = {
 @dataclass
 class Policy:
     """A policy of a size, and what came out: nats of each measured token of text, and of each gold answer's; each
-    answer's F1 and whether it holds a gold one; rows in view at the end; seconds a token read; ms a token decoded."""
+    answer's F1 and whether it holds a gold one; rows in view at the end; seconds a token read; ms a token decoded, and
+    ms a step of `TOGETHER` sessions."""
 
     name: str
     size: str
@@ -57,6 +59,7 @@ class Policy:
     rows: list[int] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+    together: list[float] = field(default_factory=list)
 
     @property
     def asked(self) -> bool:
@@ -123,6 +126,32 @@ def read(model: Model, ids: list[int], policy: Policy) -> None:
         began = time.perf_counter()
         sequence.run(runner)
         policy.decode.append(1000 * (time.perf_counter() - began))
+
+
+def together(model: Model, ids: list[int], policy: Policy) -> None:
+    """Several sessions have read `ids` and decode side by side, as the device's loop has them."""
+    runner, prompt = model.runner, model.tokenizer.frame(SYSTEM).prompt
+    limit = len(prompt) + len(ids) + 64
+    sequences = []
+    for _ in range(TOGETHER):
+        kept = policy.make(max(len(prompt), MIN_SINK))
+        context = Context(prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=kept)
+        sequences.append(Sequence(runner, context, max_rows=limit, adapter=policy.adapter))
+        for at in range(0, len(ids), CHUNK):
+            context.append(ids[at : at + CHUNK])
+            sequences[-1].run(runner)
+            sequences[-1].settle(worth=True)
+        sequences[-1].settle()
+        context.begin_turn()
+    for token in ids[:STEPS]:
+        began = time.perf_counter()
+        for sequence in sequences:
+            sequence.context.append([token])
+        due = [sequence.take(TOGETHER) for sequence in sequences]
+        runner.forward([piece for slices in due for piece in slices])
+        for sequence, slices in zip(sequences, due, strict=True):
+            sequence.accept(slices)
+        policy.together.append(1000 * (time.perf_counter() - began))
 
 
 def ask(model: Model, case: Case, policy: Policy, limit: int) -> None:
@@ -208,6 +237,7 @@ def rows_of(found: list[Policy], model: Model, tokens: int) -> list[Row]:
             ("decode", "ms", policy.decode),
             ("read", "s a token", policy.read),
         ]
+        measured += [(f"decode, {TOGETHER} together", "ms", policy.together)] if policy.together else []
         if policy.gold:
             measured += [
                 ("gold answer", "nats a token", [statistics.fmean(policy.gold)]),
@@ -265,6 +295,8 @@ def main() -> None:
     found = list(policies(model, None if folder is None else load_adapter(folder, model)))
     for ids, policy in track([(ids, p) for ids in pieces for p in found], "reading", console=Console(stderr=True)):
         read(model, ids, policy)
+    for policy in track([p for p in found if p.asked], "decoding together", console=Console(stderr=True)):
+        together(model, pieces[0], policy)
     limit = min(model.runner.max_positions, options.tokens + 256)
     about = cases(model, options.questions, options.asked, limit - 256)
     asked = [(case, policy) for case in about for policy in found if policy.asked]

@@ -65,9 +65,10 @@ typedef struct {
     Number *const *buffers;                  /* each layer's keys and values [kv_heads, capacity, size] */
 } Slice;
 
-/* What an adapter adds to a product: the input times `down`, times `up`, both panels of cells; rank: in whole panels, or 0. */
+/* What an adapter adds to a product: the input times `down`, times `up`, both panels of cells; rank: in whole panels, or 0;
+cells: of a column of `up`, which holds no padding beyond a cell. */
 typedef struct {
-    int32_t rank;
+    int32_t rank, cells;
     const float *down, *up;
 } LowRank;
 
@@ -78,6 +79,9 @@ typedef struct {
     int32_t from, to;
     const LowRank *low; /* [layers][PRODUCTS] */
 } Span;
+
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -299,25 +303,48 @@ EXPORT void longstride_product(const Weight *weight, const float *bias, const Nu
             panel_of(weight, bias, panel, outputs, block * FEW, least(rows, (block + 1) * FEW), x, inputs, out, outputs, 0);
 }
 
-/* Add what adapters add to a product: x [rows, inputs], out [rows, outputs]. All threads of a team do it together. */
-static void adapt(const Span *spans, int count, long product, const Number *x, long inputs, float *out, long outputs) {
-    for (int s = 0; s < count; s++) {
-        const LowRank *low = spans[s].low + product;
-        long rank = low->rank, rows = spans[s].to - spans[s].from;
-        if (!rank) continue;
-#pragma omp for schedule(static)
-        for (long group = 0; group < up(rows, ROWS); group++) {
-            long first = spans[s].from + group * ROWS, some = least(ROWS, spans[s].to - first);
-            float between[ROWS * MOST], sums[ROWS][PANEL];
-            for (long c = 0; c < rank; c += PANEL)
-                with_cells[some](low->down + c * (inputs / PAIR), (const float *)(x + first * inputs), inputs / PAIR, inputs / PAIR,
-                                 between + c, rank);
-            for (long r = 0; r < some; r++) put_all((Number *)(between + r * rank), between + r * rank, rank);
-            for (long c = 0; c < outputs; c += PANEL) {
-                with_cells[some](low->up + c * (rank / PAIR), between, rank, rank / PAIR, sums[0], PANEL);
-                for (long r = 0; r < some; r++)
-                    for (long i = 0; i < least(PANEL, outputs - c); i++) out[(first + r) * outputs + c + i] += sums[r][i];
-            }
+/* What adapters act on in a product, and the inputs of a block of rows times `down`: each thread keeps its own while it goes
+through the panels of a block, so that no thread waits for another. */
+typedef struct {
+    const Span *spans;
+    int count;
+    long product, block;
+    float low[FEW * MOST];
+} Adapted;
+
+static void through_down(Adapted *adapted, const Number *x, long inputs, long from, long to) {
+    for (int s = 0; s < adapted->count; s++) {
+        const LowRank *low = adapted->spans[s].low + adapted->product;
+        long last = least(to, adapted->spans[s].to);
+        for (long a = adapted->spans[s].from > from ? adapted->spans[s].from : from; low->rank && a < last; a += ROWS) {
+            long some = least(ROWS, last - a);
+            float *at = adapted->low + (a - from) * MOST;
+            for (long c = 0; c < low->rank; c += PANEL)
+                with_cells[some](low->down + c * (inputs / PAIR), (const float *)(x + a * inputs), inputs / PAIR, inputs / PAIR,
+                                 at + c, MOST);
+            for (long r = 0; r < some; r++) put_all((Number *)(at + r * MOST), at + r * MOST, low->rank);
+        }
+    }
+}
+
+/* `panel_of` for a block of all `rows`, and what adapters add to it. */
+static void adapted_panel(const Weight *weight, const float *bias, long panel, long outputs, long block, long rows,
+                          const Number *x, long inputs, float *out, int add, Adapted *adapted) {
+    long from = block * FEW, to = least(rows, from + FEW), columns = least(PANEL, outputs - panel * PANEL);
+    float sums[ROWS][PANEL];
+    panel_of(weight, bias, panel, outputs, from, to, x, inputs, out, outputs, add);
+    if (adapted->count && adapted->block != block) {
+        adapted->block = block;
+        through_down(adapted, x, inputs, from, to);
+    }
+    for (int s = 0; s < adapted->count; s++) {
+        const LowRank *low = adapted->spans[s].low + adapted->product;
+        long last = least(to, adapted->spans[s].to);
+        for (long a = adapted->spans[s].from > from ? adapted->spans[s].from : from; low->rank && a < last; a += ROWS) {
+            long some = least(ROWS, last - a);
+            with_cells[some](low->up + panel * PANEL * low->cells, adapted->low + (a - from) * MOST, MOST, low->cells, sums[0], PANEL);
+            for (long r = 0; r < some; r++)
+                for (long c = 0; c < columns; c++) out[(a + r) * outputs + panel * PANEL + c] += sums[r][c];
         }
     }
 }
@@ -692,12 +719,10 @@ EXPORT long longstride_scratch(const Layer *layer, long rows, const Slice *slice
     return places(layer, rows, tiles + many, threads).end;
 }
 
-int omp_get_thread_num(void);
-int omp_get_num_threads(void);
 
 /* All threads of a team run a layer together. */
 static void run(const Layer *layer, float *x, long rows, const float *cosine, const float *sine, const Slice *slices,
-                const Tile *tiles, long many, const Span *spans, int adapted, long product, float *scratch, Places place) {
+                const Tile *tiles, long many, Adapted *adapted, long product, float *scratch, Places place) {
     long hidden = layer->hidden, inner = layer->inner, size = layer->size, heads = layer->heads, kv = layer->kv_heads;
     long group = heads / kv, width = (heads + 2 * kv) * size, blocks = up(rows, FEW), stride = part_size(layer);
     Number *normed = (Number *)(scratch + place.normed), *query = (Number *)(scratch + place.query);
@@ -705,12 +730,11 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
     float *qkv = scratch + place.qkv, *both = scratch + place.gate_up, *parts = scratch + place.parts;
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_in, layer->epsilon_in, hidden, normed + r * hidden);
+    adapted->product = product + QKV, adapted->block = -1;
 #pragma omp for schedule(static) collapse(2)
     for (long block = 0; block < blocks; block++)
         for (long panel = 0; panel < up(width, PANEL); panel++)
-            panel_of(layer->qkv, layer->qkv_bias, panel, width, block * FEW, least(rows, (block + 1) * FEW), normed, hidden, qkv,
-                     width, 0);
-    adapt(spans, adapted, product + QKV, normed, hidden, qkv, width);
+            adapted_panel(layer->qkv, layer->qkv_bias, panel, width, block, rows, normed, hidden, qkv, 0, adapted);
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) {
         const float *own = qkv + r * width, *turn = cosine + r * size, *angle = sine + r * size;
@@ -743,30 +767,27 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
         merge(parts + own->part + (h / group * own->tokens * group + (row - own->row) * group + h % group) * stride, own->chunks,
               heads * own->tokens * stride, stride, size, seen + (row * heads + h) * size);
     }
+    adapted->product = product + OUT, adapted->block = -1;
 #pragma omp for schedule(static) collapse(2)
     for (long block = 0; block < blocks; block++)
-        for (long panel = 0; panel < hidden / PANEL; panel++)
-            panel_of(layer->out, layer->out_bias, panel, hidden, block * FEW, least(rows, (block + 1) * FEW), seen, heads * size, x,
-                     hidden, 1);
-    adapt(spans, adapted, product + OUT, seen, heads * size, x, hidden);
+        for (long panel = 0; panel < up(hidden, PANEL); panel++)
+            adapted_panel(layer->out, layer->out_bias, panel, hidden, block, rows, seen, heads * size, x, 1, adapted);
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_mlp, layer->epsilon_mlp, hidden, normed + r * hidden);
+    adapted->product = product + GATE_UP, adapted->block = -1;
 #pragma omp for schedule(static) collapse(2)
     for (long block = 0; block < blocks; block++)
-        for (long panel = 0; panel < 2 * inner / PANEL; panel++)
-            panel_of(layer->gate_up, layer->gate_up_bias, panel, 2 * inner, block * FEW, least(rows, (block + 1) * FEW), normed,
-                     hidden, both, 2 * inner, 0);
-    adapt(spans, adapted, product + GATE_UP, normed, hidden, both, 2 * inner);
+        for (long panel = 0; panel < up(2 * inner, PANEL); panel++)
+            adapted_panel(layer->gate_up, layer->gate_up_bias, panel, 2 * inner, block, rows, normed, hidden, both, 0, adapted);
 #pragma omp for schedule(static) collapse(2)
     for (long r = 0; r < rows; r++)
         for (long at = 0; at < inner; at += PANEL)
             gated(both + r * 2 * inner + at, both + r * 2 * inner + inner + at, mid + r * inner + at);
+    adapted->product = product + DOWN, adapted->block = -1;
 #pragma omp for schedule(static) collapse(2)
     for (long block = 0; block < blocks; block++)
-        for (long panel = 0; panel < hidden / PANEL; panel++)
-            panel_of(layer->down, layer->down_bias, panel, hidden, block * FEW, least(rows, (block + 1) * FEW), mid, inner, x, hidden,
-                     1);
-    adapt(spans, adapted, product + DOWN, mid, inner, x, hidden);
+        for (long panel = 0; panel < up(hidden, PANEL); panel++)
+            adapted_panel(layer->down, layer->down_bias, panel, hidden, block, rows, mid, inner, x, 1, adapted);
 }
 
 /* x [rows, hidden], the tokens of all slices one behind the other, becomes the output of `depth` layers of one shape. cosine,
@@ -778,6 +799,10 @@ EXPORT void longstride_layers(const Layer *layers, int depth, float *x, long row
     tile(layers, slices, count, tiles);
     Places place = places(layers, rows, tiles + many, threads);
 #pragma omp parallel num_threads(threads)
-    for (int layer = 0; layer < depth; layer++)
-        run(layers + layer, x, rows, cosine, sine, slices, tiles, many, spans, adapted, layer * PRODUCTS, scratch, place);
+    {
+        Adapted own;
+        own.spans = spans, own.count = adapted;
+        for (int layer = 0; layer < depth; layer++)
+            run(layers + layer, x, rows, cosine, sine, slices, tiles, many, &own, layer * PRODUCTS, scratch, place);
+    }
 }

@@ -43,7 +43,7 @@ class _Slice(ctypes.Structure):
 
 
 class _LowRank(ctypes.Structure):
-    _fields_ = (("rank", ctypes.c_int32), ("down", Pointer), ("up", Pointer))
+    _fields_ = (("rank", ctypes.c_int32), ("cells", ctypes.c_int32), ("down", Pointer), ("up", Pointer))
 
 
 class _Span(ctypes.Structure):
@@ -66,12 +66,16 @@ class Library:
         """What the model's weights are kept in."""
         return torch.float16 if self.dtype == torch.float32 else self.dtype
 
+    @property
+    def pair(self) -> int:
+        """Numbers of a cell."""
+        return 2 if self.dtype == torch.bfloat16 else 1
+
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight [out, in] as panels of whole cells [out / panel, in / pair, panel, pair], filled up with zeros."""
         outputs, inputs = weight.shape
-        pair = 2 if weight.dtype == torch.bfloat16 else 1
         padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % self.panel))
-        return padded.view(-1, self.panel, inputs // pair, pair).transpose(1, 2).contiguous()
+        return padded.view(-1, self.panel, inputs // self.pair, self.pair).transpose(1, 2).contiguous()
 
 
 # best first: name, dtype, panel, rows, what the processor must have
@@ -196,17 +200,20 @@ class Layers:
         if adapter not in self._adapters:
             names = [name for layer in self._layers for name in layer.names]
             packed = [self._packed(adapter.factors.get(name)) for name in names]
-            low = (_LowRank * len(names))(*(_LowRank(r, _address(down), _address(up)) for r, down, up in packed))
+            low = (_LowRank * len(names))(
+                *(_LowRank(rank, cells, _address(down), _address(up)) for rank, cells, down, up in packed)
+            )
             self._adapters[adapter] = low, packed
         return ctypes.addressof(self._adapters[adapter][0])
 
-    def _packed(self, factors: Factors | None) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
-        """Rank in whole panels, and both factors in panels."""
+    def _packed(self, factors: Factors | None) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
+        """Rank in whole panels, cells of a column of the second factor, and both factors in panels."""
         if factors is None:
-            return 0, None, None
+            return 0, 0, None, None
         down, up = (factor.T.to(self.library.dtype) for factor in factors)
-        more = -len(down) % self.library.panel
-        return len(down) + more, self.library.pack(down), self.library.pack(torch.nn.functional.pad(up, (0, more)))
+        rank, pair = len(down), self.library.pair
+        up = torch.nn.functional.pad(up, (0, -rank % pair))
+        return rank + -rank % self.library.panel, up.shape[1] // pair, self.library.pack(down), self.library.pack(up)
 
 
 def _slices(plan: Sequence[Slice]) -> tuple[Any, object]:

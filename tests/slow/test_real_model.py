@@ -82,6 +82,33 @@ def test_logits_equal_transformers(model, placement):
     assert ours.argmax() == expected.argmax()
 
 
+async def test_the_adapter_for_anchors_comes_along_and_brings_what_an_untuned_model_lacks(model, tmp_path):
+    from longstride import Assistant
+    from longstride.engine.adapter import load_adapter, shipped_adapter
+    from longstride.tuning.layouts import Layout, Scorer
+    from longstride.tuning.strides import Shape, Stride, Window
+
+    async with Assistant.open(tmp_path / "t.db", model=model) as assistant:
+        session = await assistant.session("s", window="anchors")
+        assert session.sequence.adapter.name == "smollm2-anchors"
+        plain = await assistant.session("t")
+        assert plain.sequence.adapter is None
+    adapter = load_adapter(shipped_adapter("smollm2", "anchors"), model)
+    ids, prompt = model.tokenizer.encode(CHAPTERS)[:1200], model.tokenizer.frame("s").prompt
+    window = Window("chapters", 0, ids[:400], (Stride(ids[400:], (), (), ()),), 1)
+    losses = {}
+    for name, spelled, given in (
+        ("whole", "none", None),
+        ("untuned", "none,window=anchors:64", None),
+        ("tuned", "none,window=anchors:64", adapter),
+        ("with recent tokens", "none,window=anchors:64:512", adapter),
+    ):
+        found = Scorer(model, prompt).score(window, Layout.parse(spelled), Shape(400, 1, 800), given).losses
+        losses[name] = sum(found) / len(found)
+    assert losses["whole"] < losses["with recent tokens"] < losses["tuned"] < losses["untuned"] - 0.3
+    assert losses["with recent tokens"] < losses["whole"] + 0.1
+
+
 READER = """
     import asyncio, sys
     from longstride import Assistant
