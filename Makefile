@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench evaluate adapter gpu clean
+.PHONY: demo test check bench evaluate adapter adapter-anchors gpu clean
 
 # torch first and alone: its CPU build is enough, and a plain dependency may pull gigabytes of CUDA packages.
 $(BIN)/python:
@@ -93,6 +93,13 @@ adapter: $(VENV)/installed-test
 	    --corpus $(DATA)/corpus/latex_book.jsonl.gz --corpus $(DATA)/corpus/freelaw.jsonl.gz --corpus $(DATA)/corpus/arxiv.jsonl.gz \
 	    --corpus $(DATA)/corpus/stackexchange.jsonl.gz --corpus $(DATA)/books/pg1342_pride_and_prejudice.txt \
 	    --corpus $(DATA)/books/pg2701_moby_dick_or_the_whale.txt --out $(ADAPTER) --plot $(ADAPTER)/losses.png
+
+# The same for `--window anchors`; docs/benchmarks says what it is good for.
+ANCHORS ?= build/smollm2-anchors
+adapter-anchors: $(VENV)/installed-test
+	$(BIN)/longstride tune anchors --dtype bf16 --frame --steps 420 --dropout 0 --rank 8 --alpha 16 $(CORPORA) \
+	    --corpus $(DATA)/books/pg2701_moby_dick_or_the_whale.txt --corpus $(DATA)/books/pg84_frankenstein.txt \
+	    --out $(ANCHORS) --plot $(ANCHORS)/losses.png
 
 # Needs only torch and transformers; see benchmarks/gpu.py for its options.
 gpu:

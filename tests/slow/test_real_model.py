@@ -82,31 +82,19 @@ def test_logits_equal_transformers(model, placement):
     assert ours.argmax() == expected.argmax()
 
 
-async def test_the_adapter_for_anchors_comes_along_and_brings_what_an_untuned_model_lacks(model, tmp_path):
-    from longstride import Assistant
-    from longstride.engine.adapter import load_adapter, shipped_adapter
+def test_recent_tokens_bring_back_what_an_untuned_model_loses_to_anchors(model):
     from longstride.tuning.layouts import Layout, Scorer
     from longstride.tuning.strides import Shape, Stride, Window
 
-    async with Assistant.open(tmp_path / "t.db", model=model) as assistant:
-        session = await assistant.session("s", window="anchors")
-        assert session.sequence.adapter.name == "smollm2-anchors"
-        plain = await assistant.session("t")
-        assert plain.sequence.adapter is None
-    adapter = load_adapter(shipped_adapter("smollm2", "anchors"), model)
     ids, prompt = model.tokenizer.encode(CHAPTERS)[:1200], model.tokenizer.frame("s").prompt
     window = Window("chapters", 0, ids[:400], (Stride(ids[400:], (), (), ()),), 1)
-    losses = {}
-    for name, spelled, given in (
-        ("whole", "none", None),
-        ("untuned", "none,window=anchors:64", None),
-        ("tuned", "none,window=anchors:64", adapter),
-        ("with recent tokens", "none,window=anchors:64:512", adapter),
-    ):
-        found = Scorer(model, prompt).score(window, Layout.parse(spelled), Shape(400, 1, 800), given).losses
-        losses[name] = sum(found) / len(found)
-    assert losses["whole"] < losses["with recent tokens"] < losses["tuned"] < losses["untuned"] - 0.3
-    assert losses["with recent tokens"] < losses["whole"] + 0.1
+    losses = []
+    for kept in ("none", "none,window=anchors:64:512", "none,window=anchors:64:128", "none,window=anchors:64"):
+        found = Scorer(model, prompt).score(window, Layout.parse(kept), Shape(400, 1, 800)).losses
+        losses.append(sum(found) / len(found))
+    whole, much, little, nothing = losses
+    assert whole < much < little < nothing - 0.3
+    assert much < whole + 0.15
 
 
 READER = """
@@ -139,7 +127,7 @@ def read_answer_and_be_killed(tmp_path, window):
     return answer
 
 
-@pytest.mark.parametrize("window", ["sinks", "separators", "cascade", "anchors"])
+@pytest.mark.parametrize("window", ["refuse", "sinks", "separators", "cascade", "anchors"])
 async def test_kill_9_loses_nothing_and_the_answer_is_the_same(model, tmp_path, window):
     """4,000 tokens are read, the process is killed in the middle of an answer; a new one goes on from the blocks."""
     from longstride import Assistant
@@ -150,7 +138,7 @@ async def test_kill_9_loses_nothing_and_the_answer_is_the_same(model, tmp_path, 
         assert session.tokens == 4000
         assert session.resumed.problems == ()
         context = session.sequence.context.rows
-        assert context == 4000 + len(session.frame.prompt)
+        assert (context == 4000 + len(session.frame.prompt)) == (window in ("refuse", "sinks"))  # the others keep less
         assert session.resumed.restored == context // 64 * 64
         answer = await session.answer("What is the bottle's label?")
         question = len(assistant.model.tokenizer.encode("\n\nWhat is the bottle's label?")) + len(session.frame.answer)
