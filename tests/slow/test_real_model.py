@@ -137,12 +137,13 @@ async def test_kill_9_loses_nothing_and_the_answer_is_the_same(model, tmp_path, 
         session = await assistant.session("book", create=False)
         assert session.tokens == 4000
         assert session.resumed.problems == ()
-        context = session.sequence.context.rows
-        assert (context == 4000 + len(session.frame.prompt)) == (window in ("refuse", "sinks"))  # the others keep less
-        assert session.resumed.restored == context // 64 * 64
+        read = 4000 + len(session.frame.prompt)
+        rows = session.sequence.context.rows
+        assert rows == read if window in ("refuse", "sinks") else rows < read / 2  # the others keep less
+        assert session.resumed.restored == read // 64 * 64
         answer = await session.answer("What is the bottle's label?")
         question = len(assistant.model.tokenizer.encode("\n\nWhat is the bottle's label?")) + len(session.frame.answer)
-        assert answer.usage.encoded == context % 64 + question  # the open block and the question, nothing else
+        assert answer.usage.encoded == read % 64 + question  # the open block and the question, nothing else
         assert repr(answer.text) == unbroken
 
 
