@@ -19,8 +19,10 @@ from longstride.engine.context import MIN_SINK, Context, Placement
 from longstride.engine.model import Model, load_model
 from longstride.engine.sequence import Sequence
 from longstride.engine.tokenizer import punctuation
-from longstride.engine.window import Anchors, Cascade, Separators, Window
+from longstride.engine.window import AddedAnchors, Anchors, Cascade, Separators, Window
 from longstride.scheduler.settings import SYSTEM
+from longstride.scheduler.windows import ANCHORS as TUNED
+from longstride.scheduler.windows import anchor_token
 from longstride.tuning import scores
 from longstride.tuning.layouts import follow, last_logits, losses_of
 from longstride.tuning.questions import Case, Question, load
@@ -86,13 +88,21 @@ def policies(model: Model, adapter: Adapter | None) -> Iterator[Policy]:
     for name, make in makers.items():
         for size in SIZES[name]:
             yield Policy(name, str(size), partial(make, size))
+    token = anchor_token(model.tokenizer)
+    tuned_for = adapter.window if adapter is not None else ""
     for span, recent in ANCHORS:
-        name = "anchors" if not recent else f"anchors + {recent}"
-        make_anchors = partial(lambda span, recent, sink: Anchors(sink, span, marks.ends, recent), span, recent)
-        if adapter is not None:
-            yield Policy(f"{name}, tuned", str(span), make_anchors, adapter)
-        if span == 64:
-            yield Policy(name, str(span), make_anchors)
+        kinds: dict[str, Callable[[int], Window]] = {
+            "anchors": partial(lambda span, recent, sink: Anchors(sink, span, marks.ends, recent), span, recent),
+            "anchors-added": partial(
+                lambda span, recent, sink: AddedAnchors(sink, span, marks.ends, token, recent), span, recent
+            ),
+        }
+        for kind in TUNED:
+            name = kind if not recent else f"{kind} + {recent}"
+            if kind == tuned_for:
+                yield Policy(f"{name}, tuned", str(span), kinds[kind], adapter)
+            if span == 64:
+                yield Policy(name, str(span), kinds[kind])
 
 
 def read(model: Model, ids: list[int], policy: Policy) -> None:
@@ -100,10 +110,10 @@ def read(model: Model, ids: list[int], policy: Policy) -> None:
     runner = model.runner
     prompt = model.tokenizer.frame(SYSTEM).prompt
     sink = max(len(prompt), MIN_SINK)
-    limit = len(prompt) + len(ids) + 64
-    context = Context(
-        prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=policy.make(sink)
-    )  # fmt: skip
+    limit = len(prompt) + room(len(ids))
+    kept = policy.make(sink)
+    ids, added = (ids, None) if kept is None else (kept.placed(ids, ())[0], kept.adds)
+    context = Context(prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=kept)
     sequence = Sequence(runner, context, max_rows=limit, adapter=policy.adapter)
     began = time.perf_counter()
     half = len(ids) // 2 // CHUNK * CHUNK
@@ -116,7 +126,8 @@ def read(model: Model, ids: list[int], policy: Policy) -> None:
             sequence.run(runner)
             sequence.settle(worth=True)  # as a session does
         else:
-            policy.losses += losses_of(last_logits(runner, sequence, len(chunk))[:-1], chunk[1:])
+            found = losses_of(last_logits(runner, sequence, len(chunk))[:-1], chunk[1:])
+            policy.losses += [loss for loss, id_ in zip(found, chunk[1:], strict=True) if id_ != added]
             sequence.settle(worth=True)
     sequence.settle()
     policy.rows.append(sequence.cache.length - len(prompt))
@@ -128,17 +139,23 @@ def read(model: Model, ids: list[int], policy: Policy) -> None:
         policy.decode.append(1000 * (time.perf_counter() - began))
 
 
+def room(tokens: int) -> int:
+    """Rows for a text and the anchors that may be added to it, and for a few decoded tokens."""
+    return tokens + tokens // 12 + 64  # one for each half of the shortest span at most
+
+
 def together(model: Model, ids: list[int], policy: Policy) -> None:
     """Several sessions have read `ids` and decode side by side, as the device's loop has them."""
     runner, prompt = model.runner, model.tokenizer.frame(SYSTEM).prompt
-    limit = len(prompt) + len(ids) + 64
+    limit = len(prompt) + room(len(ids))
     sequences = []
     for _ in range(TOGETHER):
         kept = policy.make(max(len(prompt), MIN_SINK))
         context = Context(prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=kept)
         sequences.append(Sequence(runner, context, max_rows=limit, adapter=policy.adapter))
-        for at in range(0, len(ids), CHUNK):
-            context.append(ids[at : at + CHUNK])
+        text = ids if kept is None else kept.placed(ids, ())[0]
+        for at in range(0, len(text), CHUNK):
+            context.append(text[at : at + CHUNK])
             sequences[-1].run(runner)
             sequences[-1].settle(worth=True)
         sequences[-1].settle()
@@ -158,11 +175,11 @@ def ask(model: Model, case: Case, policy: Policy, limit: int) -> None:
     """Read a document, then answer the questions about it from what is left of it in view."""
     runner, frame = model.runner, model.tokenizer.frame(BRIEFLY)
     sink = max(len(frame.prompt), MIN_SINK)
-    context = Context(
-        frame.prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=policy.make(sink)
-    )
+    kept = policy.make(sink)
+    context = Context(frame.prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=kept)
     sequence = Sequence(runner, context, max_rows=limit, adapter=policy.adapter)
-    context.append(model.tokenizer.encode(case.text))
+    text = model.tokenizer.encode(case.text)
+    context.append(text if kept is None else kept.placed(text, ())[0])
     sequence.run(runner)
     sequence.settle()
     for question in case.questions:
@@ -297,8 +314,8 @@ def main() -> None:
         read(model, ids, policy)
     for policy in track([p for p in found if p.asked], "decoding together", console=Console(stderr=True)):
         together(model, pieces[0], policy)
-    limit = min(model.runner.max_positions, options.tokens + 256)
-    about = cases(model, options.questions, options.asked, limit - 256)
+    limit = min(model.runner.max_positions, room(options.tokens) + 256)
+    about = cases(model, options.questions, options.asked, options.tokens)
     asked = [(case, policy) for case in about for policy in found if policy.asked]
     for case, policy in track(asked, "asking", console=Console(stderr=True)):
         ask(model, case, policy, limit)

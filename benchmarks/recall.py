@@ -25,11 +25,12 @@ from longstride.engine.model import Model, load_model
 from longstride.errors import BadInput
 from longstride.scheduler.assistant import Assistant
 from longstride.scheduler.session import Session
+from longstride.scheduler.windows import ANCHORS
 from longstride.tuning.scores import contained
 from longstride.tuning.texts import texts
 
 BOOKS = Path(__file__).with_name("books.jsonl")
-WINDOWS = ("sinks", "separators", "cascade", "anchors", "rollup")
+WINDOWS = ("sinks", "separators", "cascade", "anchors", "anchors-added", "rollup")
 NONE, WHOLE = "no retrieval", "whole context"
 AROUND = 3000  # tokens before and behind the answer that one context holds
 PARTS = ("beginning", "middle", "end")
@@ -160,7 +161,7 @@ def run(model: Model, options: argparse.Namespace, folder: Path) -> list[dict[st
         copy = folder / f"{window}.db"
         for file in db.parent.glob(f"{db.name}*"):
             shutil.copy(file, folder / file.name.replace(db.name, copy.name, 1))
-        adapter = {"adapter": str(options.adapter)} if window == "anchors" and options.adapter else {}
+        adapter = {"adapter": str(options.adapter)} if window in ANCHORS and options.adapter else {}
         results += asyncio.run(under(window, model, copy, these, ids, more, {**settings, **adapter}))
         for file in folder.glob(f"{copy.name}*"):
             file.unlink()
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--then-tokens", type=int, default=20_000)
     parser.add_argument("--windows", nargs="+", default=WINDOWS, choices=WINDOWS)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--adapter", type=Path, help="for anchors")
+    parser.add_argument("--adapter", type=Path, help="for one of the kinds of anchors")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--db", type=Path, help="with the session that has read the stream; kept")
     parser.add_argument("--json", type=Path)

@@ -109,6 +109,9 @@ def anchors(
     span: Annotated[
         int, typer.Option("--span", min=2, help="Tokens that an anchor stands for at most; also half and a quarter.")
     ] = 128,
+    added: Annotated[
+        bool, typer.Option("--added", help="For --window anchors-added: anchors are tokens put behind each span.")
+    ] = False,
     recent: Annotated[
         int, typer.Option("--recent", min=0, help="Last tokens that stay whole; in half of the steps none do.")
     ] = 128,
@@ -123,26 +126,29 @@ def anchors(
     distil: Annotated[
         float, typer.Option("--distil", help="Share of the loss that is the difference from the base with all in view.")
     ] = 1.0,
-    frame: Frame = False,
     seed: Seed = 0,
     model: c.ModelName = None,
     device: c.Device = None,
     dtype: c.Dtype = None,
     plot: Plot = None,
 ) -> None:
-    """LoRA for `--window anchors`: under the anchors' mask (AnLLM), which an untuned model does not know."""
+    """LoRA for `--window anchors`, of what anchors hold (AnLLM): the model itself asks and answers from it.
+
+    It is trained on texts behind the chat's prompt, and on questions about each, which the model answers by itself
+    with all of the text in view.
+    """
     from longstride.tuning.layouts import Layout
     from longstride.tuning.recipe import Recipe
     from longstride.tuning.strides import Shape
 
     first = 64  # nearly all tokens are targets
     recipe = Recipe(
-        layout=Layout.parse(f"none,window=anchors:{span}:{recent}"),
+        layout=Layout.parse(f"none,window=anchors{'-added' if added else ''}:{span}:{recent}"),
         shape=Shape(first, 1, length - first, first // 2, first - 1, 1),
-        acts="everywhere", steps=steps, rate=rate, rank=rank, alpha=alpha, dropout=dropout, distil=distil,
+        acts="text", steps=steps, rate=rate, rank=rank, alpha=alpha, dropout=dropout, distil=distil,
         modules=tuple(name for name in (modules or "").split(",") if name), warmup=warmup, seed=seed,
     )  # fmt: skip
-    train(recipe, corpus, out, (model, device, dtype), None, plot, frame=frame)
+    train(recipe, corpus, out, (model, device, dtype), None, plot, frame=True)
 
 
 def train(
@@ -156,7 +162,7 @@ def train(
     frame: bool,
 ) -> None:
     """Run a recipe over a corpus, with its bar. `base`: model, device and dtype; `frame`: behind the chat's prompt."""
-    from longstride.engine.model import load_plain
+    from longstride.engine.model import load_model, load_plain
     from longstride.scheduler.settings import SYSTEM
     from longstride.tuning.recipe import Steps
     from longstride.tuning.report import need_matplotlib
@@ -164,6 +170,7 @@ def train(
     from longstride.tuning.texts import texts
     from longstride.tuning.training import Run
     from longstride.tuning.training import plot as draw
+    from longstride.tuning.turns import Turns
 
     shape, wanted = recipe.shape, recipe.layout
     if plot is not None:
@@ -185,7 +192,9 @@ def train(
         places = Places(documents, library, shape)
         pair = chosen_marks(plain, mark_ids) if wanted.marks else ((), ())
         around = plain.tokenizer.frame(SYSTEM) if frame else None
-        run = Run(plain, recipe, Steps(recipe, places, pair, around), pair, out, manifest(plain, documents))
+        turns = Turns(c.loaded(load_model, *base), around) if wanted.window and around is not None else None
+        steps = Steps(recipe, places, pair, around, turns)
+        run = Run(plain, recipe, steps, pair, out, manifest(plain, documents))
         progress.update(task, description="training", total=recipe.steps, completed=run.step, told="steps")
 
         def tell(line: dict[str, float]) -> None:

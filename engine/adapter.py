@@ -2,7 +2,8 @@
 
 An adapter acts on the rows of a forward that name it (`Slice.adapter`), so adapted and plain rows share forwards. One
 that acts on the `segment` touches nothing before the boundary: the stream's rows stay the base model's, whoever reads
-them (docs/methods.md). The language-model head stays the base's in any case.
+them (docs/methods.md). One that acts on the `text` is its counterpart: it decides what the stream's rows hold, and the
+base asks, retrieves and answers. The language-model head stays the base's in any case.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -44,28 +45,39 @@ STARTS = (None, True, False, "gaussian", "eva")  # of the factors; all others ch
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # x [T, in] -> x @ first @ second [T, out]
 Marks = tuple[tuple[int, ...], tuple[int, ...]]
+Acts = Literal["segment", "everywhere", "text"]
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """What an adapter adds. `fingerprint` names everything that decides it, and no file name. `marks`: ids that stand
-    left and right of passages, possibly none. `everywhere`: acts on all rows of a sequence, else on those from the
-    boundary on. `tokens`: where in `embedded` [n, hidden] the input embedding of a token of its own stands. `factors`:
-    by the name of a model's product, its scale included. `placement`: the one it was trained for, where it says so; its
-    marks, or that it has none, belong to that. `refresh`: what it was trained with there. `window`: the policy it was
-    trained for, where it must be that.
+    left and right of passages, possibly none. `acts`: on the rows from the boundary on (`segment`), on those of the
+    text between the sink and the turn (`text`), or on all of a sequence. `tokens`: where in `embedded` [n, hidden] the
+    input embedding of a token of its own stands. `factors`: by the name of a model's product, its scale included.
+    `placement`: the one it was trained for, where it says so; its marks, or that it has none, belong to that.
+    `refresh`: what it was trained with there. `window`: the policy it was trained for, where it must be that.
     """
 
     name: str
     fingerprint: str
     marks: Marks
-    everywhere: bool
+    acts: Acts
     tokens: Mapping[int, int]
     embedded: torch.Tensor
     factors: Mapping[str, Factors]
     placement: str = ""
     window: str = ""
     refresh: int | None = None
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether the stream's own rows are others than the base's."""
+        return self.acts != "segment"
+
+    @property
+    def changes_passages(self) -> bool:
+        """Whether the rows of passages are."""
+        return self.acts != "text"
 
     @property
     def brings_marks(self) -> bool:
@@ -115,7 +127,7 @@ def _load(folder: Path, model: "Model") -> Adapter:
     config, own = _json(folder / CONFIG), _json(folder / OWN, {})
     tensors = _tensors(folder)
     _check_settings(config, own)
-    everywhere, marks = _acts(own, model) if own else (True, ((), ()))
+    acts, marks = _acts(own, model) if own else ("everywhere", ((), ()))
     runner = model.runner
     pairs = dict(_pairs(tensors, config, model))
     tokens, embedded = _tokens(tensors, config, model)
@@ -144,11 +156,11 @@ def _load(folder: Path, model: "Model") -> Adapter:
                 up.to(runner.device, runner.dtype),
             )
     scales = {path: pair[2] for path, pair in pairs.items()}
-    fingerprint = _fingerprint(tensors, {"everywhere": everywhere, "marks": marks, "scales": scales, "tokens": tokens})
+    fingerprint = _fingerprint(tensors, {"acts": acts, "marks": marks, "scales": scales, "tokens": tokens})
     embedded = embedded.to(runner.device, runner.dtype)
     placement, window = (value if isinstance(value := own.get(key), str) else "" for key in ("placement", "window"))
     return Adapter(
-        folder.resolve().name, fingerprint, marks, everywhere, tokens, embedded, factors, placement, window,
+        folder.resolve().name, fingerprint, marks, acts, tokens, embedded, factors, placement, window,
         refresh if isinstance(refresh := own.get("refresh"), int) and refresh >= 0 else None,
     )  # fmt: skip
 
@@ -197,19 +209,22 @@ def _check_settings(config: dict[str, Any], own: dict[str, Any]) -> None:
         raise _Refused(f"its {wrong[0]} ({config[wrong[0]]}) is not supported; train a plain LoRA")
 
 
-def _acts(own: dict[str, Any], model: "Model") -> tuple[bool, Marks]:
-    """(everywhere, marks) as longstride.json has them."""
+def _acts(own: dict[str, Any], model: "Model") -> tuple[Acts, Marks]:
+    """(acts, marks) as longstride.json has them."""
     if own.get("format") != FORMAT:
         raise _Refused(f"{OWN} has format {own.get('format')}, this version reads format {FORMAT}; update Longstride")
-    acts, marks = own.get("acts"), own.get("marks")
-    if acts not in ("segment", "everywhere"):
-        raise _Refused(f"{OWN} says that it acts on {acts!r}; it must be segment or everywhere")
+    marks = own.get("marks")
+    acts: Acts | None = next((kind for kind in get_args(Acts) if kind == own.get("acts")), None)
+    if acts is None:
+        raise _Refused(f"{OWN} says that it acts on {own.get('acts')!r}; it must be one of {', '.join(get_args(Acts))}")
+    if acts == "text" and not own.get("window"):
+        raise _Refused(f"{OWN} names no window, and an adapter that acts on the text is for one; train it again")
     if own.get("vocabulary") != model.vocabulary:
         raise _Refused(f"it was trained with another tokenizer than that of model {model.name}; open its own model")
     sides = marks if isinstance(marks, list) and len(marks) == 2 and all(isinstance(m, list) for m in marks) else None
     if sides is None or not all(_is_token(id_, model) for side in sides for id_ in side):
         raise _Refused(f"the marks in {OWN} must be two lists of token ids of model {model.name}")
-    return acts == "everywhere", (tuple(sides[0]), tuple(sides[1]))
+    return acts, (tuple(sides[0]), tuple(sides[1]))
 
 
 def _is_token(value: object, model: "Model") -> bool:

@@ -37,7 +37,8 @@ class PieceStore(Protocol):
 class Sequence:
     """One sequence of token ids with its KV. Not thread-safe; `run` and `take` belong on the device thread.
 
-    `adapter` acts on all rows, or on those from the boundary on while there is a segment (`Adapter.everywhere`).
+    `adapter` acts on all rows, on those from the boundary on while there is a segment, or on the text before a turn
+    (`Adapter.acts`).
     `draft`: nodes to be verified in the forward that computes the last row due. `company`: how many other texts got a
     token of the last forward, and how many rows of others were in it (kept by whoever batches). Counters since the
     start: `computed` rows that were due and went through the model, `copied` rows taken from the store.
@@ -65,7 +66,7 @@ class Sequence:
     @property
     def piece_adapter(self) -> str:
         """Fingerprint of the adapter that passages' rows are computed with."""
-        return "" if self.adapter is None else self.adapter.fingerprint
+        return "" if self.adapter is None or not self.adapter.changes_passages else self.adapter.fingerprint
 
     @property
     def pending(self) -> int:
@@ -119,7 +120,7 @@ class Sequence:
         self.cache.reserve(min(self.cache.limit, end + len(self.draft)))
         left = budget
         known = self.cache.length
-        for part in self.context.parts(self.cache.length):
+        for part in self._parts(self.cache.length):
             if part.piece is not None and self._copy(part):
                 known = part.stop
                 if not slices:
@@ -144,6 +145,27 @@ class Sequence:
         self._known = known
         return [self._discounted(piece) for piece in slices]
 
+    def _parts(self, start: int) -> list[Part]:
+        """The context's, none reaching over the place where the adapter begins or ends to act."""
+        parts, turn = self.context.parts(start), self.context.turn
+        if self.adapter is None or self.adapter.acts != "text" or turn is None:
+            return parts
+        cut: list[Part] = []
+        for part in parts:
+            before = 0 if part.index is None else turn - part.index
+            cut += part.split(before) if 0 < before < len(part.ids) else [part]
+        return cut
+
+    def _acting(self, part: Part) -> Adapter | None:
+        """The adapter where it acts on a part. No part reaches over the boundary, nor over the sink's end."""
+        context, adapter = self.context, self.adapter
+        if adapter is None or adapter.acts == "everywhere":
+            return adapter
+        if adapter.acts == "segment":
+            return None if part.row < context.plain_rows else adapter
+        read = len(context.text) if context.turn is None else context.turn
+        return adapter if part.index is not None and context.sink <= part.index < read else None
+
     def _discounted(self, piece: Slice) -> Slice:
         """`piece` with what the context takes off the segment's pieces, if it stands behind them."""
         context = self.context
@@ -163,11 +185,8 @@ class Sequence:
     def _slice(self, part: Part) -> Slice:
         positions = range(part.position, part.position + len(part.ids))
         visible, mask = self._sight(part)
-        adapter = self.adapter
-        # no part reaches over the boundary, and a draft stands on its own side of it
-        if adapter is not None and not adapter.everywhere and part.row < self.context.plain_rows:
-            adapter = None
-        return Slice(self.cache, part.ids, positions, part.row, visible, mask, adapter=adapter)
+        # a draft stands on the same side of whatever decides as the row that it continues
+        return Slice(self.cache, part.ids, positions, part.row, visible, mask, adapter=self._acting(part))
 
     def _sight(self, part: Part) -> tuple[tuple[tuple[int, int], ...] | None, torch.Tensor | None]:
         """What a part sees, as `Slice` has it: `visible` and `mask`."""

@@ -35,6 +35,10 @@ class Tokenizer(Protocol):
         """Ids that are not text: never sampled (but `eos`), never part of a query."""
 
     @property
+    def spare(self) -> Sequence[int]:
+        """Special ids that neither text nor a conversation uses, ascending: room for marks and anchors."""
+
+    @property
     def size(self) -> int:
         """Token ids there are, counted from 0."""
 
@@ -70,7 +74,7 @@ class HFTokenizer:
 
     @property
     def spare(self) -> list[int]:
-        """Special ids that neither text nor a conversation uses, ascending: room for marks."""
+        """Special ids that neither text nor a conversation uses, ascending: room for marks and anchors."""
         kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
         used = {getattr(self._tokenizer, f"{kind}_token_id", None) for kind in kinds}
         frame = self.frame("")

@@ -42,6 +42,16 @@ class Window(ABC):
         """Tokens that were decided on. Those behind them (a turn's) see what the last of these leaves in view."""
         return len(self.until)
 
+    @property
+    def adds(self) -> int | None:
+        """The token that the policy puts into a text, if it does."""
+        return None
+
+    def placed(self, ids: Sequence[int], before: Sequence[int]) -> tuple[list[int], list[int]]:  # noqa: ARG002
+        """`ids` as they are read behind the text `before`, with what the policy puts among them; and how many of `ids`
+        there are up to each."""
+        return list(ids), list(range(1, len(ids) + 1))
+
     def describe(self) -> str:
         """Name and settings."""
         return ":".join([self.name, *map(str, (self.sink, *self.settings))])
@@ -164,9 +174,57 @@ class Anchors(Window):
         self._open = self.sink
 
     def decide(self, index: int, token: int) -> None:
-        length = index + 1 - self._open
-        if length >= self.longest or (token in self.ends and 2 * length > self.longest):
+        if self.closes(index + 1 - self._open, token):
             self.since[index] = self._open
             for member in range(self._open, index):
                 self.until[member] = index + 1 + self.recent
             self._open = index + 1
+
+    def closes(self, length: int, token: int) -> bool:
+        """Whether `token` closes a span of so many tokens with it."""
+        return length >= self.longest or (token in self.ends and 2 * length > self.longest)
+
+
+class AddedAnchors(Anchors):
+    """`Anchors` that are put into the text behind each span instead of being its last token (AnLLM-AC): each is the
+    token `adds`, which means nothing else and takes a position of its own. Spans end where those of `Anchors` would.
+
+    Forgets as they do. What was written in a turn and kept is of one span with what is read next.
+    """
+
+    name = "anchors-added"
+
+    def __init__(self, sink: int, longest: int, ends: frozenset[int], token: int, recent: int = 0) -> None:
+        super().__init__(sink, longest, ends, recent)
+        self._token = token
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        return (*super().settings, self._token)
+
+    @property
+    def adds(self) -> int:
+        return self._token
+
+    def closes(self, length: int, token: int) -> bool:  # noqa: ARG002 - wherever it stands
+        return token == self._token
+
+    def placed(self, ids: Sequence[int], before: Sequence[int]) -> tuple[list[int], list[int]]:
+        length = next((n for n in range(min(len(before), self.longest)) if before[-1 - n] == self._token), None)
+        if length is None:
+            length = min(len(before), self.longest)
+        out: list[int] = []
+        read: list[int] = []
+        for number, token in enumerate(ids):
+            if length + 1 >= self.longest:  # full, and not before the next token comes: another may follow in a turn
+                out.append(self._token)
+                read.append(number)
+                length = 0
+            out.append(token)
+            read.append(number + 1)
+            length += 1
+            if super().closes(length + 1, token) and length + 1 < self.longest:
+                out.append(self._token)
+                read.append(number + 1)
+                length = 0
+        return out, read

@@ -8,6 +8,7 @@ from longstride.engine.context import Placement
 from longstride.engine.model import Model
 from longstride.errors import BadInput
 from longstride.scheduler.settings import SessionSettings
+from longstride.scheduler.windows import ANCHORS
 
 
 class Adapters:
@@ -22,7 +23,7 @@ class Adapters:
         """What a session's settings ask for. Blocks. Raises `ModelError`."""
         name = settings.adapter
         # a window that must be trained for goes before a placement
-        trained = settings.window if settings.window == "anchors" else settings.placement
+        trained = settings.window if settings.window in ANCHORS else settings.placement
         folder = shipped_adapter(self.model.name, trained) if name == "auto" else Path(name).resolve()
         if name == "none" or folder is None:
             return None

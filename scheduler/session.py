@@ -104,7 +104,9 @@ class Session:
         self.stream = array("I")
         self.view = View(self.sequence, self.stream, self.headroom, leads=settings.window == notes.ROLLUP)
         drafts = settings.drafting != "off"
-        self.memory = StreamMemory(self.name, self.stream, tokenizer, settings.passage_tokens, drafts=drafts)
+        self.memory = StreamMemory(
+            self.name, self.stream, tokenizer, settings.passage_tokens, drafts=drafts, added=self.view.adds
+        )
         self._lock = asyncio.Lock()
         self._failure: str | None = None
 
@@ -194,7 +196,7 @@ class Session:
                 "(context_tokens)"
             )
         report = ReadReport(tokens=len(ids))
-        async with self._work(len(ids)):
+        async with self._work(2 * len(ids) if self.view.adds is not None else len(ids)):
             before = self.sequence.computed
             room = self.sequence.context.room - self.headroom
             if self.settings.window == "refuse" and len(ids) > room:
@@ -208,7 +210,8 @@ class Session:
             at = 0
             storing: list[Storing] = []  # chunks on their way to the database while the next is computed
             try:
-                while at < len(ids):
+                placed, read = self.view.placed(ids)
+                while at < len(placed):
                     # the window slides when the next token does not fit, however the text was cut: what a session
                     # sees depends on its stream alone
                     if self.view.slid(1 + self.headroom) is not None:
@@ -217,11 +220,11 @@ class Session:
                     size = min(self.core.device.budget_tokens, self.sequence.context.room - self.headroom)
                     if notes_every is not None:
                         size = min(size, notes_every - self.tokens % notes_every)
-                    chunk = ids[at : at + size]
+                    chunk, done = placed[at : at + size], read[at - 1] if at else 0
                     at += len(chunk)
                     await self._read(chunk)
-                    told = None if also is None else partial(_told, also, at)
-                    storing.append(Storing(partial(self._save, chunk, told), len(chunk), storing[-1:]))
+                    told = None if also is None else partial(_told, also, read[at - 1])
+                    storing.append(Storing(partial(self._save, chunk, told), read[at - 1] - done, storing[-1:]))
                     await storing[-1].copied.wait()
                     await all_ended(storing, report, progress, but=1)
                     if notes_every is not None and self.tokens % notes_every == 0:
@@ -381,6 +384,10 @@ class Session:
         """Make a finished turn's ids (already in the context) part of the stream; `also` is stored with them."""
         self.stream.extend(ids)
         await finished(self._save(ids, also, _at_once))
+
+    async def store(self) -> None:
+        """Store blocks that have become whole."""
+        await finished(self._save([], None, _at_once))
 
     def save_window(self, tables: Tables) -> None:
         """Store where the context begins, which a turn may have moved; inside the caller's transaction."""

@@ -79,7 +79,7 @@ class SessionSettings(BaseModel):
     refresh: int | None = Field(
         None, ge=0, description="text tokens fed again after a segment; 16 beside and 64 at the end when not set"
     )
-    window: Literal["refuse", "sinks", "separators", "cascade", "anchors", "rollup"] = Field(
+    window: Literal["refuse", "sinks", "separators", "cascade", "anchors", "anchors-added", "rollup"] = Field(
         "sinks", description="what stays of the text in the cache, and what happens when the context is full"
     )
     recent_tokens: int = Field(

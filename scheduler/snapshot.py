@@ -60,8 +60,8 @@ class Snapshot:
         self.block_tokens = block_tokens
         adapter, window = sequence.adapter, sequence.context.window
         # one that acts on the segment leaves these rows the model's own, whoever reads them
-        everywhere = adapter.fingerprint if adapter is not None and adapter.everywhere else ""
-        self.fingerprint = adapted(model.fingerprint, everywhere, "" if window is None else window.describe())
+        changed = adapter.fingerprint if adapter is not None and adapter.changes_text else ""
+        self.fingerprint = adapted(model.fingerprint, changed, "" if window is None else window.describe())
         self._known: list[Rows] = []  # blocks that were handed out or restored
         self._stale: list[bytes] = []
 

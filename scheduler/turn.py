@@ -74,9 +74,12 @@ class Turn:
         self._limit = await self._room()
         self._computed = self.sequence.computed
         if context.window is not None:
-            # while rows out of view are about, a decoded token's work grows with the context
+            # while rows out of view are about, a decoded token's work grows with the context; gone, they are not stored
+            fresh = self.sequence.pending
             while self.sequence.pending:
                 await self.core.device.step(self.sequence, lambda _logits: None)
+            if fresh:
+                await self.session.store()
             await self.core.device.call(self.sequence.settle)
         context.begin_turn()
         added: list[int] = []

@@ -42,6 +42,17 @@ class View:
             return self.start
         return self.start + max(0, context.window.whole_from() - context.prompt - len(self.lead))
 
+    @property
+    def adds(self) -> int | None:
+        """The token that the window policy puts into the stream, if it does."""
+        window = self.sequence.context.window
+        return None if window is None else window.adds
+
+    def placed(self, ids: list[int]) -> tuple[list[int], Ids[int]]:
+        """`ids` as the stream goes on with them, and how many of `ids` there are up to each."""
+        window = self.sequence.context.window
+        return (ids, range(1, len(ids) + 1)) if window is None else window.placed(ids, self.stream)
+
     def show(self, start: int, lead: Ids[int]) -> None:
         """Fill an empty context with the stream from `start` on, or what fits of it behind `lead`."""
         context = self.sequence.context

@@ -7,6 +7,7 @@ Everything but prepending runs through the engine as a session runs it: feed, re
 import time
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +20,7 @@ from longstride.engine.sequence import Sequence
 from longstride.engine.tokenizer import Tokenizer
 from longstride.engine.window import Window as KeptRows
 from longstride.errors import BadInput
-from longstride.scheduler.windows import POLICIES, make_window
+from longstride.scheduler.windows import ANCHORS, POLICIES, make_window
 from longstride.tuning.strides import Shape, Stride, Window
 
 Place = Literal["none", "prepend", "end", "turn", "beside"]
@@ -68,7 +69,7 @@ class Layout:
         if layout.source not in get_args(Source):
             raise BadInput(f"layout {spelled!r}: source is one of {', '.join(get_args(Source))}")
         policy, *sizes = layout.window.split(":")
-        known = policy in POLICIES and 1 <= len(sizes) <= 1 + (policy == "anchors")
+        known = policy in POLICIES and 1 <= len(sizes) <= 1 + (policy in ANCHORS)
         known = known and all(size.isdecimal() and int(size) <= 1 << 30 for size in sizes) and int(sizes[0]) > 1
         if layout.window and not (known and layout.place == "none"):
             raise BadInput(
@@ -87,7 +88,7 @@ class Layout:
             return None
         policy, *sizes = self.window.split(":")
         first, last = int(sizes[0]), int(sizes[-1])
-        span, recent = (first, last if len(sizes) == 2 else 0) if policy == "anchors" else (0, first)
+        span, recent = (first, last if len(sizes) == 2 else 0) if policy in ANCHORS else (0, first)
         return make_window(policy, recent, span, tokenizer, sink)
 
     def __str__(self) -> str:
@@ -158,7 +159,7 @@ class Scorer:
 
     def check(self, layout: Layout, shape: Shape, adapter: Adapter | None) -> None:
         """Raises `BadInput` for what the model or the adapter cannot do."""
-        if adapter is not None and not adapter.everywhere and layout.place == "prepend":
+        if adapter is not None and not adapter.changes_text and layout.place == "prepend":
             raise BadInput(
                 f"layout {layout}: adapter {adapter.name} acts on a segment behind the text only, so prepending is the "
                 "same without it"
@@ -181,11 +182,15 @@ class Scorer:
         self, text: Ids[int], targets: list[int], adapter: Adapter | None, window: KeptRows | None = None
     ) -> Measured:
         """Targets behind a text and nothing else."""
+        measured = [True] * len(targets)
+        if window is not None:
+            start = len(self.prompt)
+            text, targets, measured = _placed(text[:start], [*text[start:], *targets], len(targets), window)
         length = len(text) + len(targets)
         context = Context(text, placement=Placement.END, limit=length + 8, reserved=0, window=window)
         sequence = Sequence(self.runner, context, max_rows=length, adapter=adapter)
         losses = follow(self.runner, sequence, targets)
-        return Measured(losses, sequence.computed)
+        return Measured([loss for loss, is_text in zip(losses, measured, strict=True) if is_text], sequence.computed)
 
     def _prepended(self, window: Window, layout: Layout, adapter: Adapter | None) -> Measured:
         out = Measured([])
@@ -239,6 +244,15 @@ class Scorer:
         if adapter is not None and adapter.brings_marks:
             return adapter.marks
         return self.marks if layout.marks else ((), ())
+
+
+def _placed(prompt: Ids[int], ids: list[int], count: int, window: KeptRows) -> tuple[list[int], list[int], list[bool]]:
+    """`ids` behind `prompt` with what a window puts among them, as text and targets, the last `count` of `ids` and what
+    stands among those; and which targets are of `ids`."""
+    placed, read = window.placed(ids, ())
+    first = next(at for at, number in enumerate(read) if number > len(ids) - count)
+    own = [number > before for before, number in pairwise([0, *read])]
+    return [*prompt, *placed[:first]], placed[first:], own[first:]
 
 
 def segment(passages: Ids[list[int]], marks: tuple[Ids[int], Ids[int]]) -> list[list[int]]:

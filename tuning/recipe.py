@@ -2,15 +2,19 @@
 
 import random
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+from longstride.engine.adapter import Acts
 from longstride.engine.context import MIN_SINK
 from longstride.engine.tokenizer import Frame
 from longstride.errors import BadInput
+from longstride.scheduler.windows import ANCHORS
 from longstride.tuning.layouts import Layout
 from longstride.tuning.strides import Places, Shape, Window
 from longstride.tuning.trees import Sample
+from longstride.tuning.turns import Turns
 
+TURNS = 4  # behind a window
 ASKS = (
     "What comes next?",
     "Quote what follows in the text.",
@@ -30,12 +34,13 @@ class Recipe:
 
     `distil`: the share of the loss that is the divergence from `teacher`, the rest being that of the text itself.
     `turns`: the share of windows that end with one of `ASKS`, what follows being the answer; without them a
-    conversation's model comes to continue texts where it should answer.
+    conversation's model comes to continue texts where it should answer. Under a window policy each window is text, with
+    `Turns` behind it.
     """
 
     layout: Layout = field(default_factory=lambda: Layout.parse("end,passages=3"))
     shape: Shape = field(default_factory=lambda: Shape(passages=3))
-    acts: Literal["segment", "everywhere"] = "segment"
+    acts: Acts = "segment"
     steps: int = 1000
     rate: float = 1e-3
     rank: int = 16
@@ -62,6 +67,8 @@ class Recipe:
             )
         if layout.every != 1 or layout.adapter or layout.source != "found":
             raise BadInput(f"layout {layout}: training takes place, passages, refresh and marks only")
+        if bool(layout.window) != (self.acts == "text"):
+            raise BadInput("an adapter for a window policy acts on the text, and only such a one does")
         if self.acts == "segment" and layout.place in {"none", "prepend"}:
             raise BadInput(f"an adapter for {layout.place} has no segment to act on; let it act everywhere")
 
@@ -83,10 +90,15 @@ class Recipe:
 class Steps:
     """What each step trains on: a function of recipe, data and the step's number alone, so that a run can go on."""
 
-    def __init__(self, recipe: Recipe, places: Places, marks: Marks, frame: Frame | None = None) -> None:
-        """`frame`: the conversation that texts stand in; without it they stand alone."""
+    def __init__(
+        self, recipe: Recipe, places: Places, marks: Marks, frame: Frame | None = None, turns: Turns | None = None
+    ) -> None:
+        """`frame`: the conversation that texts stand in; without it they stand alone. `turns`: for a window policy."""
         if recipe.turns and frame is None:
             raise BadInput("turns need a conversation around the texts (--frame)")
+        if recipe.layout.window and turns is None:
+            raise ValueError("what an adapter for a window policy learns from are turns")
+        self.turns = turns
         self.recipe = recipe
         self.places = places
         self.marks = marks if recipe.layout.marks else ((), ())
@@ -102,6 +114,8 @@ class Steps:
         """The window and the passages of step `step`. Steps without a passage anywhere give way to others."""
         recipe = self.recipe
         rng = random.Random(f"{recipe.seed} step {step}")  # noqa: S311 - repeatable, not secret
+        if self.turns is not None:
+            return self._asked(self.turns, step, rng)
         for attempt in range(100):
             past, start = self._place(step + attempt * recipe.steps)
             window = past.window(start, recipe.shape, recipe.seed + step, oracle=False)
@@ -112,6 +126,14 @@ class Steps:
             if any(sample.passages):  # for the control without retrieval too: the same windows
                 return window, sample
         raise BadInput("retrieval found no passage for any of 100 windows; give more or longer texts")
+
+    def _asked(self, turns: Turns, step: int, rng: random.Random) -> tuple[Window, Sample]:
+        """A text under a window policy, and what is asked about it."""
+        past, start = self._place(step)
+        window = past.window(start, self.recipe.shape, 0, oracle=False)
+        ids = [*window.text, *(target for stride in window.strides for target in stride.targets)]
+        kept, asked = rng.choice(self._kept), turns.about(ids, TURNS, rng)
+        return window, Sample(self.recipe.layout, [], ((), ()), self.prompt, kept, asked)
 
     def _place(self, number: int) -> tuple[Any, int]:
         epoch, at = divmod(number, self._count)
@@ -129,20 +151,20 @@ class Steps:
         for stride in window.strides:
             drawn = stride.chance if rng.random() < recipe.chance else stride.found
             passages.append([passage[: max(1, longest)] for passage in drawn[:count]])
-        return Sample(recipe.layout, passages, self.marks, self.prompt, rng.choice(self._kept))
+        return Sample(recipe.layout, passages, self.marks, self.prompt)
 
     def taught(self, sample: Sample) -> Sample | None:
         """The same passages where the teacher has them, without marks, which it does not know."""
         teacher = self.recipe.teacher
         if teacher is None or not self.recipe.distil:
             return None
-        return Sample(teacher, sample.passages, ((), ()), sample.prompt)
+        return Sample(teacher, sample.passages, ((), ()), sample.prompt, turns=sample.turns)
 
 
 def spread(layout: Layout) -> list[Layout]:
     """What is drawn from: with anchors also half and a quarter of the span, and nothing kept but the open span."""
     policy, *sizes = layout.window.split(":")
-    if policy != "anchors":
+    if policy not in ANCHORS:
         return [layout]
     spans = [size for size in (int(sizes[0]) >> halved for halved in range(3)) if size > 1]
     return [replace(layout, window=":".join([policy, str(span), *more])) for span in spans for more in ([], sizes[1:])]

@@ -1,6 +1,7 @@
 """LoRA on a frozen base (peft), over `Tree`s: one forward over a window's text, one over all its branches.
 
 An adapter that acts on the segment changes branches only: the text's rows are the base model's and need no gradient.
+One that acts on the text changes that alone, and learns from what the base makes of it in the branches.
 A step is a function of the recipe, the data and its number, and everything between steps is in a checkpoint, so a run
 that was killed goes on as if it had not been (safetensors and JSON; nothing is pickled).
 """
@@ -11,7 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from longstride.engine.model import CACHE, PlainModel
+from longstride.engine.tokenizer import Tokenizer
 from longstride.errors import BadInput, ModelError
 from longstride.scheduler.marks import WORDS
+from longstride.scheduler.windows import anchor_token
 from longstride.tuning.recipe import Marks, Recipe, Steps
 from longstride.tuning.report import pyplot, save, write_json
 from longstride.tuning.trees import Batch, Tree, batch, tree
@@ -31,9 +34,9 @@ CHECKPOINT, WEIGHTS = "checkpoint", "adapter_model.safetensors"
 EVERY = 25  # steps between checkpoints
 
 
-def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[int], list[int]]) -> tuple[Any, Any]:
-    """The base model with a fresh LoRA, and trainable rows for the marks that start as the mean of `words`; and its
-    head from before: peft trains a tied one along with the marks, and at run time the head is the base's.
+def attach(plain: PlainModel, recipe: Recipe, words: dict[int, list[int]]) -> tuple[Any, Any]:
+    """The base model with a fresh LoRA, and trainable rows for the tokens of `words`, which start as the mean of other
+    tokens'; and its head from before: peft trains a tied one along with them, and at run time the head is the base's.
 
     Raises `BadInput` for target modules that the model does not have.
     """
@@ -41,7 +44,7 @@ def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[in
 
     _check_head(plain)
     torch.manual_seed(recipe.seed)
-    own = sorted({id_ for mark in marks for id_ in mark})
+    own = sorted(words)
     embedding, head = plain.model.get_input_embeddings(), plain.model.get_output_embeddings()
     name = next(name for name, module in plain.model.named_modules() if module is embedding)
     config = LoraConfig(
@@ -55,7 +58,7 @@ def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[in
     )
     _check_modules(plain.model, recipe.modules)
     with torch.no_grad():
-        starts = [embedding.weight[word].mean(0).clone() for word in words]
+        starts = [embedding.weight[words[id_]].mean(0).clone() for id_ in own]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it now calls otherwise
@@ -64,9 +67,8 @@ def attach(plain: PlainModel, recipe: Recipe, marks: Marks, words: tuple[list[in
         raise BadInput(f"modules {', '.join(recipe.modules)}: {str(error).splitlines()[0]}") from error
     rows = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
     with torch.no_grad():
-        for mark, start in zip(marks, starts, strict=True):
-            for id_ in mark:
-                rows[0][own.index(id_)] = start
+        for at, start in enumerate(starts):
+            rows[0][at] = start
     model.eval()
     for module_name, module in model.named_modules():
         if module_name.endswith("lora_dropout"):
@@ -101,42 +103,57 @@ class Losses:
         self.model = model
         self.head = head
         self.plain = model.get_base_model()
-        self.everywhere = recipe.acts == "everywhere"
+        self.acts = recipe.acts
         self.device: torch.device = next(model.parameters()).device
         self.dtype = self.plain.dtype
 
     def __call__(self, tree: Tree) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [targets, vocabulary] of a tree's branches; and the base's without retrieval, where it has rows."""
+        """Logits of a tree's targets [targets, vocabulary]; and the base's of the same without retrieval, where the
+        text's rows are its own."""
         data = batch(tree, self.device)
-        past, base = None, None
-        if tree.ids:
-            frozen = torch.no_grad() if not self.everywhere else nullcontext()
-            with frozen, nullcontext() if self.everywhere else self.model.disable_adapter():
-                past, base = self._text(data)
-            past.batch_repeat_interleave(len(tree.branches))
-        hidden = self._hidden(data.ids, data.positions, self._bias(data.mask, data.added), past)
-        return self._logits(hidden[data.at[0], data.at[1]]), None if self.everywhere else base
+        segment, base = self.acts == "segment", None
+        with self._base() if segment else nullcontext():
+            past, own = self._text(tree, data)
+        if tree.ids and segment:
+            base = self._logits(own).detach()
+        with self.model.disable_adapter() if self.acts == "text" else nullcontext():
+            return self._logits(self._rows(tree, data, past, own)), base
 
     @torch.no_grad()
     def teacher(self, tree: Tree) -> torch.Tensor:
         """The base's logits [targets, vocabulary]."""
         data = batch(tree, self.device)
-        past = None
         with self.model.disable_adapter():
-            if tree.ids:
-                past, _ = self._text(data)
-                past.batch_repeat_interleave(len(tree.branches))
-            hidden = self._hidden(data.ids, data.positions, self._bias(data.mask, data.added), past)
-        return self._logits(hidden[data.at[0], data.at[1]])
+            past, own = self._text(tree, data)
+            return self._logits(self._rows(tree, data, past, own))
 
-    def _text(self, data: Batch) -> tuple[Any, torch.Tensor]:
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        """The base model, which learns nothing."""
+        with torch.no_grad(), self.model.disable_adapter():
+            yield
+
+    def _text(self, tree: Tree, data: Batch) -> tuple[Any, torch.Tensor]:
+        """The text's keys and values, once for each branch; the last hidden states [plain, hidden] of its `plain`
+        rows."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
-        n = data.text.shape[1]
-        mask = torch.ones(1, n, n, dtype=torch.bool, device=self.device).tril()
-        hidden = self._hidden(data.text, data.text_positions, self._bias(mask), cache)
-        return cache, self._logits(hidden[0, data.plain]).detach()
+        if not tree.ids:
+            return None, torch.empty(0)
+        cache, bias = DynamicCache(), self._bias(data.text_mask)
+        first = tree.sink if self.acts == "text" else 0
+        if first:
+            with self._base():
+                self._hidden(data.text[:, :first], data.text_positions[:, :first], bias[:, :, :first, :first], cache)
+        hidden = self._hidden(data.text[:, first:], data.text_positions[:, first:], bias[:, :, first:], cache)
+        cache.batch_repeat_interleave(len(tree.branches))
+        return cache, hidden[0, data.plain - first]
+
+    def _rows(self, tree: Tree, data: Batch, past: Any, own: torch.Tensor) -> torch.Tensor:
+        """Last hidden states that predict the tree's targets; `own`: those of the text's."""
+        hidden = self._hidden(data.ids, data.positions, self._bias(data.mask, data.added), past)
+        branches = hidden[data.at[0], data.at[1]]
+        return torch.cat([branches, own]) if tree.targets else branches
 
     def _bias(self, mask: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """Additive, because eager attention takes a bool mask for numbers."""
@@ -161,18 +178,25 @@ class Run:
     """A training run in a folder: the adapter when it has ended, its checkpoint before."""
 
     def __init__(self, plain: PlainModel, recipe: Recipe, steps: Steps, marks: Marks, out: Path, manifest: Any) -> None:
-        words = [plain.tokenizer.encode(word) for word in WORDS]  # what the marks stand for where nothing is trained
         self.recipe = recipe
         self.steps = steps
         self.out = out
         self.marks = marks if recipe.layout.marks else ((), ())
         self.manifest = manifest
-        self.model, head = attach(plain, recipe, self.marks, (words[0], words[1]))
+        self.model, head = attach(plain, recipe, self._words(plain.tokenizer))
         self.losses = Losses(self.model, head, recipe)
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=recipe.rate, weight_decay=0.0)
         self.log: list[dict[str, float]] = []
         self._resume()
+
+    def _words(self, tokenizer: Tokenizer) -> dict[int, list[int]]:
+        """Tokens that get rows of their own, each with tokens that say what it stands for where nothing is trained."""
+        sides = zip(self.marks, WORDS, strict=True)
+        words = {id_: tokenizer.encode(word) for mark, word in sides for id_ in mark}
+        if self.recipe.layout.window.startswith("anchors-added"):
+            words[anchor_token(tokenizer)] = tokenizer.encode(".\n")
+        return words
 
     @property
     def step(self) -> int:
@@ -196,7 +220,7 @@ class Run:
         window, sample = self.steps(step)
         grown = tree(window, sample, recipe.shape)
         logits, base = self.losses(grown)
-        targets = torch.tensor([t for b in grown.branches for t in b.targets], device=logits.device)
+        targets = torch.tensor(grown.wanted, device=logits.device)
         ours = functional.log_softmax(logits, -1)
         whole = loss = functional.nll_loss(ours, targets)
         line = {"loss": loss.item()}

@@ -1,21 +1,26 @@
 """`Tree`: a window's text once, and every stride's branch behind it: the rows that training computes.
 
 Branch j sees the text before its boundary and itself, so all strides of a window share one forward over the text
-(FlashBack evaluates and trains stride by stride, which is several times the rows). Rows, positions and visibility are
+(FlashBack evaluates and trains stride by stride, which is several times the rows). Under a window policy the branches
+are turns behind the whole text, of which they see what is left in view. Rows, positions and visibility are
 those of `Context`, so what is trained is what a session computes. Branches are rows of a batch, padded at the end:
 attention then costs what the branches need and not the square of them all.
 """
 
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from longstride.engine.context import Context, Placement
+from longstride.engine.context import MIN_SINK, Context, Placement
 from longstride.engine.window import Window as KeptRows
 from longstride.tuning.layouts import Layout, segment
 from longstride.tuning.strides import Shape, Window
+from longstride.tuning.turns import Turn
+
+TOLD = 256  # last tokens of a text with turns that are targets, about as many as their answers
 
 
 @dataclass
@@ -35,13 +40,22 @@ class Branch:
 
 @dataclass
 class Tree:
-    """`ids` at `positions`: text rows, causal, seeing no branch. `plain`: those of them that predict the branches'
-    targets without retrieval."""
+    """`ids` at `positions`: text rows, causal or as `mask` [T, T] has it, seeing no branch. `plain`: those of them
+    whose logits are wanted besides: they predict the branches' targets without retrieval, or `targets` of their own.
+    `sink`: rows at the beginning that are the base's whatever acts on the text."""
 
     ids: list[int]
     positions: list[int]
     branches: list[Branch]
     plain: list[int] = field(default_factory=list)
+    mask: torch.Tensor | None = None
+    targets: list[int] = field(default_factory=list)
+    sink: int = 0
+
+    @property
+    def wanted(self) -> list[int]:
+        """All targets: the branches', then the text's own."""
+        return [*(target for branch in self.branches for target in branch.targets), *self.targets]
 
     @property
     def rows(self) -> int:
@@ -51,11 +65,12 @@ class Tree:
 
 @dataclass
 class Batch:
-    """A tree as tensors: text [1, T], branches [m, R], `mask` bool and `added` to the logits [m, R, T + R]; `at`:
-    (branch, row) pairs [2, n] that predict the branches' targets."""
+    """A tree as tensors: text [1, T] and its mask, branches [m, R], `mask` bool and `added` to the logits
+    [m, R, T + R]; `at`: (branch, row) pairs [2, n] that predict the branches' targets."""
 
     text: torch.Tensor
     text_positions: torch.Tensor
+    text_mask: torch.Tensor
     plain: torch.Tensor
     ids: torch.Tensor
     positions: torch.Tensor
@@ -67,13 +82,15 @@ class Batch:
 @dataclass
 class Sample:
     """What stands in a window's strides, as drawn for a step: `passages` of each, between `marks`; `prompt`: ids before
-    the text; `kept`: what decides who sees whom in it, where not all see all."""
+    the text; `kept`: what decides who sees whom in it, where not all see all; `turns`: questions behind the whole of
+    it, with their answers."""
 
     layout: Layout
     passages: list[list[list[int]]]
     marks: tuple[Ids[int], Ids[int]]
     prompt: list[int] = field(default_factory=list)
     kept: KeptRows | None = None
+    turns: list[Turn] = field(default_factory=list)
 
 
 def tree(window: Window, sample: Sample, shape: Shape) -> Tree:
@@ -82,12 +99,9 @@ def tree(window: Window, sample: Sample, shape: Shape) -> Tree:
     text = [*sample.prompt, *window.text]
     if layout.place == "none":
         targets = [target for stride in window.strides for target in stride.targets]
-        branch = _alone([*text, *targets[:-1]], len(text), targets)
-        if sample.kept is not None:
-            sample.kept.restart()
-            sample.kept.extend(branch.ids)
-            branch.mask = torch.from_numpy(sample.kept.sight(np.zeros(0, np.int64), 0, len(branch.ids)))
-        return Tree([], [], [branch])
+        if sample.turns:
+            return _asked([*window.text, *targets], sample)
+        return Tree([], [], [_alone([*text, *targets[:-1]], len(text), targets)])
     branches = []
     if layout.place == "prepend":
         for stride, passages in zip(window.strides, sample.passages, strict=True):
@@ -131,6 +145,31 @@ def tree(window: Window, sample: Sample, shape: Shape) -> Tree:
 def _alone(ids: list[int], first: int, targets: list[int]) -> Branch:
     mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     return Branch(ids, list(range(len(ids))), 0, mask, first - 1, targets)
+
+
+def _asked(text: list[int], sample: Sample) -> Tree:
+    """Turns behind a text; its last tokens are targets too, so that it can be read on."""
+    kept, start = sample.kept, len(sample.prompt)
+    sink = max(start, MIN_SINK)
+    placed, read = (text, list(range(1, len(text) + 1))) if kept is None else kept.placed(text, ())
+    ids = [*sample.prompt, *placed]
+    count = len(ids)
+    mask, view = None, torch.ones(count, dtype=torch.bool)
+    if kept is not None:
+        kept.restart()
+        kept.extend(ids)
+        mask = torch.from_numpy(kept.sight(np.zeros(0, np.int64), 0, count))
+        view = torch.from_numpy(kept.alive(count))
+    branches = []
+    for turn, answer in sample.turns:
+        own = [*turn, *answer[:-1]]
+        n = len(own)
+        seen = torch.cat([view.expand(n, count), torch.ones(n, n, dtype=torch.bool).tril()], 1)
+        branches.append(Branch(own, list(range(count, count + n)), count, seen, len(turn) - 1, answer))
+    # rows that predict the text's own tokens: those of the last `TOLD` that are all behind the sink
+    least = max(sink + 1 - start, len(text) - TOLD)
+    told = [start + at - 1 for at, (before, number) in enumerate(pairwise([0, *read])) if number > max(before, least)]
+    return Tree(ids, list(range(count)), branches, told, mask, [ids[row + 1] for row in told], sink)
 
 
 def _branch(context: Context, targets: list[int]) -> Branch:
@@ -181,6 +220,7 @@ def batch(tree: Tree, device: torch.device) -> Batch:
             for tensor in (
                 torch.tensor([tree.ids], dtype=torch.long),
                 torch.tensor([tree.positions], dtype=torch.long),
+                torch.ones(1, seen, seen, dtype=torch.bool).tril() if tree.mask is None else tree.mask[None],
                 torch.tensor(tree.plain, dtype=torch.long),
                 ids,
                 positions,

@@ -66,7 +66,7 @@ def test_an_adapter_everywhere_equals_pefts_model(tmp_path, kind, lora):
     plain = save_adapter(tmp_path, kind, model=untied, **lora)
     model = tiny_loaded(kind, **untied)
     adapter = load_adapter(tmp_path, model)
-    assert (adapter.everywhere, adapter.marks) == (True, ((), ()))
+    assert (adapter.acts, adapter.marks) == ("everywhere", ((), ()))
     expected = adapted_logits(plain, IDS, *causal(len(IDS)))
     torch.testing.assert_close(whole(model, IDS, adapter), expected, atol=1e-4, rtol=1e-4)
     with plain.disable_adapter():
@@ -198,7 +198,7 @@ class Adapted(Exactness):
 
         def plain(*, input_ids, position_ids, attention_mask, use_cache):
             boundary = input_ids.shape[1]
-            if adapter.everywhere:
+            if adapter.acts == "everywhere":
                 boundary = 0
             elif self.pieces:
                 boundary = self.boundary

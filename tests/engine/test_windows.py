@@ -2,21 +2,22 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
 from longstride.engine import sequence as sequence_module
 from longstride.engine.context import Context, Placement
 from longstride.engine.sequence import Sequence
-from longstride.engine.window import STEP, Anchors, Cascade, Separators
+from longstride.engine.window import STEP, AddedAnchors, Anchors, Cascade, Separators
 from tests.engine.test_exactness import PROMPT, REFRESH, RESERVED, Exactness, layout
 from tests.tiny import reference_logits, tiny_model
 
 RECENT, LONGEST = 20, 9
 ENDS = frozenset(range(0, 256, 7))
 SINK = max(PROMPT, 4)
-POLICIES = ["separators", "cascade", "anchors", "anchors and recent"]
+POLICIES = ["separators", "cascade", "anchors", "anchors and recent", "added", "added and recent"]
+ADDED = 3
 
 
 def window(name):
@@ -25,14 +26,22 @@ def window(name):
         "cascade": lambda: Cascade(SINK, RECENT),
         "anchors": lambda: Anchors(SINK, LONGEST, ENDS),
         "anchors and recent": lambda: Anchors(SINK, LONGEST, ENDS, RECENT),
+        "added": lambda: AddedAnchors(SINK, LONGEST, ENDS, ADDED),
+        "added and recent": lambda: AddedAnchors(SINK, LONGEST, ENDS, ADDED, RECENT),
     }[name]()
 
 
-def spans(text):
+def spelled(name, ids):
+    """`ids` with anchors among them, where it takes tokens of their own for that."""
+    return [ADDED if id_ % 8 == 0 else id_ for id_ in ids] if name.startswith("added") else ids
+
+
+def spans(text, *, added):
     """Each token's (first of its span, its anchor or -1), from the definition in docs/methods.md."""
     out, start = [(i, i) for i in range(SINK)], SINK
     for i in range(SINK, len(text)):
-        if i - start + 1 == LONGEST or (text[i] in ENDS and i - start + 1 > LONGEST / 2):
+        full = i - start + 1 == LONGEST or (text[i] in ENDS and i - start + 1 > LONGEST / 2)
+        if (text[i] == ADDED) if added else full:
             out += [(start, i)] * (i + 1 - start)
             start = i + 1
     return torch.tensor(out + [(start, -1)] * (len(text) - start) + [(len(text), -2)])
@@ -53,7 +62,7 @@ def seen_by(name, text, size):
         number = (key - SINK).clamp(min=0)
         halvings = sum(((number % 2**level == 0) & (number > 0)).long() for level in range(1, 12))
         return (number == 0) | (key >= n) | (at < age_ends + RECENT * (2 ** (halvings + 1) - 1))
-    start, anchor = spans(text).T
+    start, anchor = spans(text, added=name.startswith("added")).T
     mine, whose = (
         (start[at], anchor[at]),
         (torch.nn.functional.pad(t[:n], (0, size - n), value=-3) for t in (start, anchor)),
@@ -61,7 +70,7 @@ def seen_by(name, text, size):
     first, end = whose
     is_anchor = (mine[1] == at) & (at >= SINK) & (at < n)
     others = (end == key) | (end == -1) | (first == mine[0]) | (key >= n)
-    if name == "anchors and recent":
+    if name.endswith("and recent"):
         others |= (end >= 0) & (at <= end + RECENT)
     return torch.where(is_anchor, first == mine[0], others)
 
@@ -99,7 +108,7 @@ class Windowed(Exactness):
     @GOES_ON
     @rule(ids=st.lists(st.integers(0, 255), min_size=1, max_size=30))
     def feed(self, ids):
-        super().feed(ids)
+        super().feed(spelled(self.policy, ids))
 
     @GOES_ON
     @rule(count=st.integers(1, 4))
@@ -192,6 +201,39 @@ def test_any_sequence_of_operations_is_exact(kind, placement, policy):
     )
 
 
+TEXTS = st.lists(st.sampled_from([*range(4, 12), *sorted(ENDS)[1:4]]), max_size=80)
+
+
+@given(st.lists(TEXTS, max_size=4), st.integers(2, 12))
+def test_anchors_are_added_where_spans_end_however_the_text_comes(texts, longest):
+    ids = [id_ for text in texts for id_ in text]
+    added = AddedAnchors(SINK, longest, ENDS, ADDED)
+    stream, done = [], 0
+    for text in texts:
+        placed, read = added.placed(text, stream)
+        assert [id_ for id_ in placed if id_ != ADDED] == text
+        assert read == [sum(id_ != ADDED for id_ in placed[: n + 1]) for n in range(len(placed))]
+        stream += placed
+        done += len(text)
+    assert stream == added.placed(ids, ())[0]
+    assert [id_ for id_ in stream if id_ != ADDED] == ids
+    length = 0
+    for place, id_ in enumerate(stream):
+        length += 1
+        assert length <= longest
+        if id_ == ADDED:
+            assert length == longest or (stream[place - 1] in ENDS and 2 * length > longest)
+            length = 0
+        elif id_ in ENDS and 2 * (length + 1) > longest and length + 1 < longest:
+            assert stream[place + 1] == ADDED
+
+
+def test_a_turn_that_was_kept_is_of_one_span_with_what_is_read_next():
+    added = AddedAnchors(SINK, 8, ENDS, ADDED)
+    assert added.placed([5, 6], [*range(10, 15), ADDED, *[20] * 30])[0] == [ADDED, 5, 6]
+    assert added.placed([5, 6], [*range(10, 15), ADDED])[0] == [5, 6]
+
+
 def test_text_that_a_window_decides_on_follows_no_segment():
     context = Context([1] * PROMPT, placement=Placement.END, limit=400, reserved=RESERVED, window=window("anchors"))
     context.append([5] * 30)
@@ -209,7 +251,7 @@ def test_text_that_a_window_decides_on_follows_no_segment():
 @pytest.mark.parametrize("budget", [1, 13, 512])
 def test_reading_in_any_chunks_equals_the_masked_forward_and_keeps_few_rows(policy, budget):
     plain, runner = tiny_model("llama")
-    text = torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(3)).tolist()
+    text = spelled(policy, torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(3)).tolist())
     context = Context(
         text[:PROMPT], placement=Placement.BESIDE, limit=400, reserved=8, refresh=REFRESH, window=window(policy)
     )
@@ -234,7 +276,7 @@ def test_reading_in_any_chunks_equals_the_masked_forward_and_keeps_few_rows(poli
 def test_a_segment_behind_a_text_that_lost_rows_is_exact(kind, placement, policy):
     plain, runner = tiny_model(kind)
     ids = torch.randint(0, 256, (190,), generator=torch.Generator().manual_seed(4)).tolist()
-    text, question, piece = ids[:150], ids[150:160], ids[160:182]
+    text, question, piece = spelled(policy, ids[:150]), ids[150:160], ids[160:182]
     context = Context(
         text[:PROMPT], placement=placement, limit=400, reserved=RESERVED, refresh=4, window=window(policy)
     )

@@ -33,7 +33,7 @@ SETTINGS = {
     "system": "s", "passage_tokens": 24, "passages": 2, "refresh": 8, "stride": 4, "max_tokens": 10, "block_tokens": 16,
     "budget_tokens": 64, "context_tokens": 768, "window": "sinks",
 }  # fmt: skip
-WINDOWS = ("sinks", "separators", "cascade", "anchors", "rollup")  # sessions have them in turn
+WINDOWS = ("sinks", "separators", "cascade", "anchors", "anchors-added", "rollup")  # sessions have them in turn
 ROOT = "soak"
 OUTSTANDING = 40  # messages without a reply at most, so that there is something to take in for every life
 

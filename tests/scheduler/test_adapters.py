@@ -87,6 +87,34 @@ async def test_adapters_of_segments_share_the_streams_rows_and_no_passages(tmp_p
         assert (copied > 0) == (placement is Placement.BESIDE)
 
 
+ANCHORED = {"window": "anchors", "span_tokens": 12, "recent_tokens": 0}
+
+
+@pytest.mark.parametrize("placement", list(Placement))
+async def test_adapters_of_the_text_share_passages_and_no_rows_of_the_stream(tmp_path, placement):
+    """The counterpart: what one makes of the stream is its own, passages' rows are the base's for all of them."""
+    changes, fresh = {**ANCHORED, "placement": placement}, {}
+    names = {"none": "none"}
+    for seed, name in enumerate(("text x", "text y")):
+        save_adapter(tmp_path / name, seed=seed, own=own_file("text", marks=([], []), window="anchors"))
+        names[name] = tmp_path / name
+    first = True
+    for name, adapter in names.items():
+        (tmp_path / f"fresh {name}").mkdir()
+        fresh[name], _, _ = await answered(tmp_path / f"fresh {name}", adapter, **changes)
+        text, restored, copied = await answered(tmp_path, adapter, **changes)
+        assert (text, restored) == (fresh[name], 0)
+        assert (copied > 0) == (placement is Placement.BESIDE and not first)
+        first = False
+    assert len(set(fresh.values())) == 3
+    for name, adapter in names.items():
+        text, restored, _ = await answered(tmp_path, adapter, **changes)
+        assert (text, restored > 200) == (fresh[name], True)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(BadInput, match="trained for window anchors, and session 's' has sinks"):
+        await answered(tmp_path / "other", names["text x"], window="sinks")
+
+
 async def test_sessions_with_several_adapters_share_forwards_and_answer_as_alone(tmp_path, folders):
     names = ["x", "segment x", "none", "segment y"]
     async with opened(tmp_path) as assistant:
@@ -193,7 +221,7 @@ async def test_an_adapter_belongs_to_the_session(tmp_path, folders):
             await session.answer(QUESTION, adapter=str(folders / "x"))
         changed = await assistant.session("s", adapter=str(folders / "x"))
         assert changed is not session
-        assert changed.sequence.adapter.everywhere
+        assert changed.sequence.adapter.acts == "everywhere"
 
 
 async def test_an_adapter_that_cannot_be_used_makes_no_session(tmp_path):

@@ -56,7 +56,7 @@ async def test_answers_are_the_same_with_and_without_drafts(tmp_path, placement,
     assert sum(answer.usage.accepted for answer in answers["tree"]) > 5  # a random model soon repeats itself
 
 
-@pytest.mark.parametrize("window", ["separators", "cascade", "anchors", "rollup"])
+@pytest.mark.parametrize("window", ["separators", "cascade", "anchors", "anchors-added", "rollup"])
 async def test_answers_behind_a_window_are_the_same_with_and_without_drafts(tmp_path, window):
     made = {}
     kept = {"window": window, "recent_tokens": 40, "span_tokens": 12, "stride": 5, "budget_tokens": 512}

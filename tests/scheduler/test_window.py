@@ -13,7 +13,7 @@ async def window_and_answer(assistant) -> tuple[int, list[int], str]:
     return session.window_start, list(session.sequence.context.text), answer.text
 
 
-@pytest.fixture(params=["sinks", "separators", "cascade", "anchors", "anchors alone", "rollup"])
+@pytest.fixture(params=["sinks", "separators", "cascade", "anchors", "anchors alone", "anchors-added", "rollup"])
 def policy(request):
     window, _, alone = request.param.partition(" ")
     return {"window": window, "recent_tokens": 0 if alone else 40, "span_tokens": 12}
@@ -114,6 +114,37 @@ async def test_what_a_policy_dropped_is_retrieved_though_the_window_still_spans_
         answer = await session.answer("thing2 thing2", max_tokens=2)
         assert answer.sources
         assert all(s.stop <= session.view.whole_from for s in answer.sources)
+
+
+async def test_added_anchors_are_in_the_stream_and_nowhere_else(tmp_path):
+    """They are no text: no passage, no draft and no count of what was read has them."""
+    kept = {"window": "anchors-added", "recent_tokens": 0, "span_tokens": 12, "context_tokens": 1024}
+    heard, told = [], []
+    async with opened(tmp_path, **kept) as assistant:
+        session = await assistant.session("s")
+        report = await session.feed(TEXT[:600], progress=heard.append, also=lambda _tables, read: told.append(read))
+        tokenizer = assistant.model.tokenizer
+        (anchor,) = {id_ for id_ in session.stream if id_ in tokenizer.special}
+        assert anchor == tokenizer.spare[0]
+        assert report.tokens == sum(heard) == told[-1] == 600
+        assert session.stream.count(anchor) >= 600 // 12
+        assert tokenizer.decode(session.stream) == TEXT[:600]
+        assert session.memory.texts.read.ids.tolist() == list(TEXT[:600].encode())
+        answer = await session.answer("thing2 thing2", max_tokens=20)
+        assert answer.sources
+        assert all(source.text in TEXT for source in answer.sources)
+        assert session.sequence.cache.length < 250
+
+
+async def test_a_file_under_added_anchors_is_read_on_where_it_was_left(tmp_path):
+    kept = {"window": "anchors-added", "span_tokens": 12}
+    async with opened(tmp_path, **kept) as assistant:
+        session = await assistant.session("s")
+        await session.feed(TEXT[:333], bookmark="tale")
+        report = await session.feed(TEXT[:500], bookmark="tale")
+        assert report.tokens == 167
+        assert assistant.model.tokenizer.decode(session.stream) == TEXT[:500]
+        assert (await session.feed(TEXT[:500], bookmark="tale")).tokens == 0
 
 
 async def test_snapshots_hold_what_is_kept_only(tmp_path, policy):

@@ -128,7 +128,7 @@ def read_answer_and_be_killed(tmp_path, window):
     return answer
 
 
-@pytest.mark.parametrize("window", ["refuse", "sinks", "separators", "cascade", "anchors"])
+@pytest.mark.parametrize("window", ["refuse", "sinks", "separators", "cascade", "anchors", "anchors-added"])
 async def test_kill_9_loses_nothing_and_the_answer_is_the_same(model, tmp_path, window):
     """4,000 tokens are read, the process is killed in the middle of an answer; a new one goes on from the blocks."""
     from longstride import Assistant

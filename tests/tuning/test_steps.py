@@ -17,7 +17,7 @@ from tests.tuning.test_training import ANSWER, OWN, SMALL, run, sample
 
 @pytest.mark.parametrize(
     ("spelled", "teacher"),
-    [("none,window=anchors:6", "none"), ("end,passages=2", "beside,passages=2"), ("turn", "beside")],
+    [("end,passages=2", "beside,passages=2"), ("turn", "beside")],
 )
 def test_the_teacher_is_the_base_that_has_the_same_in_view(tmp_path, spelled, teacher):
     one, layout, of = run(tmp_path, spelled=spelled, acts="everywhere", distil=1.0), Layout.parse(spelled), window()

@@ -21,9 +21,10 @@ from longstride.tuning.recipe import Recipe, Steps
 from longstride.tuning.strides import Corpus, Places, Shape, Stride, Window
 from longstride.tuning.training import Losses, Run, attach, plot, rate
 from longstride.tuning.trees import Sample, tree
+from longstride.tuning.turns import Turns
 from tests.lora import tiny_loaded
 from tests.processes import started
-from tests.tiny import ByteTokenizer, fresh_model
+from tests.tiny import ByteTokenizer, fresh_model, tiny_assistant_model
 from tests.tuning.test_layouts import MARKS, PROMPT, SHAPE, window
 from tests.tuning.test_strides import text
 
@@ -38,8 +39,7 @@ def plain(kind: str = "llama", **extra) -> PlainModel:
 
 def sample(layout: Layout, of: Window, marks=MARKS) -> Sample:
     found = [list(stride.found[: layout.passages]) for stride in of.strides]
-    kept = layout.new_window(ByteTokenizer(), max(len(PROMPT), 4))
-    return Sample(layout, found, marks if layout.marks else ((), ()), PROMPT, kept)
+    return Sample(layout, found, marks if layout.marks else ((), ()), PROMPT)
 
 
 def losses(found: Losses, layout: Layout, of: Window, marks=MARKS) -> list[float]:
@@ -51,9 +51,7 @@ def losses(found: Losses, layout: Layout, of: Window, marks=MARKS) -> list[float
 
 
 KINDS = ["llama", "qwen2", "mistral", "gpt2", "opt"]
-WINDOWS = ["none,window=anchors:6", "none,window=anchors:6:9", "none,window=separators:9", "none,window=cascade:8"]
 SPELLED = [
-    *WINDOWS,
     "none",
     "prepend",
     "end,refresh=16",
@@ -72,7 +70,7 @@ def test_a_tree_gives_the_losses_that_the_engine_gives_stride_by_stride(kind, sp
     layout = Layout.parse(spelled)
     recipe = Recipe(layout=replace(layout, source="found"), shape=SHAPE, acts="everywhere", dropout=0.0)
     engine = Scorer(tiny_loaded(kind), PROMPT, MARKS).score(window(), layout, SHAPE).losses
-    fresh = attach(plain(kind), recipe, ((), ()), ([1], [2]))  # a fresh LoRA changes nothing
+    fresh = attach(plain(kind), recipe, {})  # a fresh LoRA changes nothing
     assert losses(Losses(*fresh, recipe), layout, window()) == pytest.approx(engine, abs=2e-4)
 
 
@@ -88,7 +86,7 @@ def test_the_text_of_a_tree_predicts_the_targets_without_retrieval():
     of, layout = window(), Layout.parse("end,refresh=16")
     recipe = Recipe(layout=layout, shape=SHAPE, dropout=0.0)
     with torch.no_grad():
-        _, base = Losses(*attach(plain(), recipe, ((), ()), ([1], [2])), recipe)(tree(of, sample(layout, of), SHAPE))
+        _, base = Losses(*attach(plain(), recipe, {}), recipe)(tree(of, sample(layout, of), SHAPE))
     targets = torch.tensor([t for stride in of.strides for t in stride.targets])
     found = functional.cross_entropy(base, targets, reduction="none").tolist()
     expected = Scorer(tiny_loaded("llama"), PROMPT).score(of, Layout("none"), SHAPE).losses
@@ -113,7 +111,8 @@ def run(
     texts = [text(i) for i in range(3)]
     places = Places(texts, Corpus(texts, ByteTokenizer(), SMALL.passage), shape)
     manifest = {"base": "tiny", "model": "a tiny one", "data": [t.sha256 for t in texts], "vocabulary": "bytes"}
-    return Run(plain(kind, **(model or {})), recipe, Steps(recipe, places, marks, frame), marks, out, manifest)
+    turns = Turns(tiny_assistant_model(kind), frame) if recipe.layout.window else None
+    return Run(plain(kind, **(model or {})), recipe, Steps(recipe, places, marks, frame, turns), marks, out, manifest)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_what_was_trained_is_what_the_engine_loads(kind, acts, extra, tmp_path):
     adapter = load_adapter(tmp_path, model)
     assert adapter.marks == OWN
     assert adapter.placement == "end"
-    assert adapter.everywhere == (acts == "everywhere")
+    assert adapter.acts == acts
     trained.model.eval()
     with torch.no_grad():
         for parameter in trained.parameters.values():
@@ -151,18 +150,18 @@ def test_training_brings_the_loss_down(tmp_path):
 
 
 def test_distilling_brings_what_it_says_closer_to_the_teacher(tmp_path):
-    one = run(tmp_path, spelled="none,window=anchors:6", acts="everywhere", steps=80, dropout=0.0, distil=1.0)
+    one = run(tmp_path, steps=80, dropout=0.0, distil=1.0)
     one.go()
     first, last = (sum(line["apart"] for line in part) / 20 for part in (one.log[:20], one.log[-20:]))
     assert last < 0.8 * first
 
 
-@pytest.mark.parametrize("spelled", ["none", "prepend", "none,window=anchors:6"])
+@pytest.mark.parametrize("spelled", ["none", "prepend"])
 def test_the_controls_train_too(spelled, tmp_path):
     one = run(tmp_path, spelled=spelled, acts="everywhere")
     one.go()
     adapter = load_adapter(tmp_path, tiny_loaded("llama"))
-    assert adapter.everywhere
+    assert adapter.acts == "everywhere"
     assert not any(adapter.marks)
 
 
@@ -310,7 +309,7 @@ def test_a_model_whose_logits_are_scaled_behind_the_head_is_refused():
     )  # fmt: skip
     scaled = PlainModel("scaled", GraniteForCausalLM(config).eval(), ByteTokenizer(), "content", "bytes")
     with pytest.raises(BadInput, match="scales its logits behind the head"):
-        attach(scaled, Recipe(), OWN, ([1], [2]))
+        attach(scaled, Recipe(), {262: [1], 263: [2]})
 
 
 @pytest.mark.parametrize("what", ["state.json", "state.safetensors"])
