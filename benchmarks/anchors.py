@@ -88,16 +88,18 @@ def policies(model: Model, adapter: Adapter | None) -> Iterator[Policy]:
     for name, make in makers.items():
         for size in SIZES[name]:
             yield Policy(name, str(size), partial(make, size))
-    token = anchor_token(model.tokenizer)
+    spare = len(model.tokenizer.spare) > 2
     tuned_for = adapter.window if adapter is not None else ""
     for span, recent in ANCHORS:
         kinds: dict[str, Callable[[int], Window]] = {
             "anchors": partial(lambda span, recent, sink: Anchors(sink, span, marks.ends, recent), span, recent),
             "anchors-added": partial(
-                lambda span, recent, sink: AddedAnchors(sink, span, marks.ends, token, recent), span, recent
+                lambda span, recent, sink: AddedAnchors(sink, span, marks.ends, anchor_token(model.tokenizer), recent),
+                span,
+                recent,
             ),
         }
-        for kind in TUNED:
+        for kind in TUNED if spare else TUNED[:1]:
             name = kind if not recent else f"{kind} + {recent}"
             if kind == tuned_for:
                 yield Policy(f"{name}, tuned", str(span), kinds[kind], adapter)
@@ -111,23 +113,24 @@ def read(model: Model, ids: list[int], policy: Policy) -> None:
     prompt = model.tokenizer.frame(SYSTEM).prompt
     sink = max(len(prompt), MIN_SINK)
     limit = len(prompt) + room(len(ids))
-    kept = policy.make(sink)
-    ids, added = (ids, None) if kept is None else (kept.placed(ids, ())[0], kept.adds)
-    context = Context(prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=kept)
+    context = Context(
+        prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=policy.make(sink)
+    )  # fmt: skip
     sequence = Sequence(runner, context, max_rows=limit, adapter=policy.adapter)
     began = time.perf_counter()
     half = len(ids) // 2 // CHUNK * CHUNK
     for at in range(0, len(ids), CHUNK):
         if at == half:
             policy.read.append((time.perf_counter() - began) / half)
-        chunk = ids[at : at + CHUNK]
-        context.append(chunk)
+        before = len(context.text)
+        context.append(ids[at : at + CHUNK])
+        chunk = context.text[before:]
         if at < half:
             sequence.run(runner)
             sequence.settle(worth=True)  # as a session does
         else:
             found = losses_of(last_logits(runner, sequence, len(chunk))[:-1], chunk[1:])
-            policy.losses += [loss for loss, id_ in zip(found, chunk[1:], strict=True) if id_ != added]
+            policy.losses += [loss for loss, id_ in zip(found, chunk[1:], strict=True) if id_ != context.adds]
             sequence.settle(worth=True)
     sequence.settle()
     policy.rows.append(sequence.cache.length - len(prompt))
@@ -153,9 +156,8 @@ def together(model: Model, ids: list[int], policy: Policy) -> None:
         kept = policy.make(max(len(prompt), MIN_SINK))
         context = Context(prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=kept)
         sequences.append(Sequence(runner, context, max_rows=limit, adapter=policy.adapter))
-        text = ids if kept is None else kept.placed(ids, ())[0]
-        for at in range(0, len(text), CHUNK):
-            context.append(text[at : at + CHUNK])
+        for at in range(0, len(ids), CHUNK):
+            context.append(ids[at : at + CHUNK])
             sequences[-1].run(runner)
             sequences[-1].settle(worth=True)
         sequences[-1].settle()
@@ -175,11 +177,11 @@ def ask(model: Model, case: Case, policy: Policy, limit: int) -> None:
     """Read a document, then answer the questions about it from what is left of it in view."""
     runner, frame = model.runner, model.tokenizer.frame(BRIEFLY)
     sink = max(len(frame.prompt), MIN_SINK)
-    kept = policy.make(sink)
-    context = Context(frame.prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=kept)
+    context = Context(
+        frame.prompt, placement=Placement.END, limit=limit, reserved=0, refresh=0, window=policy.make(sink)
+    )
     sequence = Sequence(runner, context, max_rows=limit, adapter=policy.adapter)
-    text = model.tokenizer.encode(case.text)
-    context.append(text if kept is None else kept.placed(text, ())[0])
+    context.append(model.tokenizer.encode(case.text))
     sequence.run(runner)
     sequence.settle()
     for question in case.questions:
@@ -315,7 +317,7 @@ def main() -> None:
     for policy in track([p for p in found if p.asked], "decoding together", console=Console(stderr=True)):
         together(model, pieces[0], policy)
     limit = min(model.runner.max_positions, room(options.tokens) + 256)
-    about = cases(model, options.questions, options.asked, options.tokens)
+    about = cases(model, options.questions, options.asked, min(options.tokens, (limit - 256) * 12 // 13))
     asked = [(case, policy) for case in about for policy in found if policy.asked]
     for case, policy in track(asked, "asking", console=Console(stderr=True)):
         ask(model, case, policy, limit)

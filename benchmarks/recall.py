@@ -21,11 +21,11 @@ from rich.table import Table
 
 from benchmarks.common import machine
 from benchmarks.endless import PIECE, SESSION, needles, stream
+from longstride.engine.adapter import load_adapter
 from longstride.engine.model import Model, load_model
 from longstride.errors import BadInput
 from longstride.scheduler.assistant import Assistant
 from longstride.scheduler.session import Session
-from longstride.scheduler.windows import ANCHORS
 from longstride.tuning.scores import contained
 from longstride.tuning.texts import texts
 
@@ -161,7 +161,7 @@ def run(model: Model, options: argparse.Namespace, folder: Path) -> list[dict[st
         copy = folder / f"{window}.db"
         for file in db.parent.glob(f"{db.name}*"):
             shutil.copy(file, folder / file.name.replace(db.name, copy.name, 1))
-        adapter = {"adapter": str(options.adapter)} if window in ANCHORS and options.adapter else {}
+        adapter = {"adapter": str(options.adapter)} if window == options.adapter_window else {}
         results += asyncio.run(under(window, model, copy, these, ids, more, {**settings, **adapter}))
         for file in folder.glob(f"{copy.name}*"):
             file.unlink()
@@ -183,12 +183,13 @@ def main() -> None:
     parser.add_argument("--then-tokens", type=int, default=20_000)
     parser.add_argument("--windows", nargs="+", default=WINDOWS, choices=WINDOWS)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--adapter", type=Path, help="for one of the kinds of anchors")
+    parser.add_argument("--adapter", type=Path, help="for the policy that it was trained for")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--db", type=Path, help="with the session that has read the stream; kept")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model = load_model(options.model)
+    options.adapter_window = load_adapter(options.adapter, model).window if options.adapter else ""
     with tempfile.TemporaryDirectory() as folder:
         results = run(model, options, Path(folder))
     table = Table("", "in view", "right", *(f"{kind}, {part}" for kind in ("book", "planted") for part in PARTS))

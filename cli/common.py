@@ -46,8 +46,8 @@ Window = Annotated[
     str | None,
     typer.Option(
         "--window",
-        help="When the context is full: slide (sinks; rollup: behind notes on what left; separators, cascade, anchors: "
-        "keeping fewer rows), or refuse.",
+        help="When the context is full: slide (sinks; rollup: behind notes on what left; separators, cascade, anchors, "
+        "anchors-added: keeping fewer rows), or refuse.",
         show_default="sinks",
     ),
 ]

@@ -141,7 +141,7 @@ def anchors(
     from longstride.tuning.recipe import Recipe
     from longstride.tuning.strides import Shape
 
-    first = 64  # nearly all tokens are targets
+    first = 64  # where the text is cut into a window and its targets makes no difference here
     recipe = Recipe(
         layout=Layout.parse(f"none,window=anchors{'-added' if added else ''}:{span}:{recent}"),
         shape=Shape(first, 1, length - first, first // 2, first - 1, 1),
@@ -170,7 +170,7 @@ def train(
     from longstride.tuning.texts import texts
     from longstride.tuning.training import Run
     from longstride.tuning.training import plot as draw
-    from longstride.tuning.turns import Turns
+    from longstride.tuning.turns import ANSWER, Turns
 
     shape, wanted = recipe.shape, recipe.layout
     if plot is not None:
@@ -185,7 +185,10 @@ def train(
         library = Corpus(documents, plain.tokenizer, shape.passage, lambda n: progress.advance(task, n))
         progress.update(task, description="looking for windows", total=None, told="")
         positions = plain.model.config.max_position_embeddings
-        if shape.span + (wanted.passages + 1) * shape.passage > positions:
+        rows = shape.span + (wanted.passages + 1) * shape.passage
+        if wanted.window:  # anchors may be added, and behind the prompt and the text stand turns
+            rows = len(plain.tokenizer.frame(SYSTEM).prompt) + 2 * shape.span + 2 * ANSWER
+        if rows > positions:
             raise BadInput(
                 f"a window of {shape.window} with its targets and passages passes the model's {positions} positions"
             )

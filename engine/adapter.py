@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from longstride.engine.context import Placement
+from longstride.engine.window import NAMES
 from longstride.errors import ModelError
 
 if TYPE_CHECKING:
@@ -217,8 +218,8 @@ def _acts(own: dict[str, Any], model: "Model") -> tuple[Acts, Marks]:
     acts: Acts | None = next((kind for kind in get_args(Acts) if kind == own.get("acts")), None)
     if acts is None:
         raise _Refused(f"{OWN} says that it acts on {own.get('acts')!r}; it must be one of {', '.join(get_args(Acts))}")
-    if acts == "text" and not own.get("window"):
-        raise _Refused(f"{OWN} names no window, and an adapter that acts on the text is for one; train it again")
+    if acts == "text" and own.get("window") not in NAMES:
+        raise _Refused(f"{OWN} names no window policy, and an adapter that acts on the text is for one; train it again")
     if own.get("vocabulary") != model.vocabulary:
         raise _Refused(f"it was trained with another tokenizer than that of model {model.name}; open its own model")
     sides = marks if isinstance(marks, list) and len(marks) == 2 and all(isinstance(m, list) for m in marks) else None

@@ -139,9 +139,30 @@ class Context:
         return (self.boundary if self.segment else len(self.text)) - self.dropped
 
     @property
-    def room(self) -> int:
-        """Text tokens that still fit beside a full segment."""
+    def free(self) -> int:
+        """Rows that are left for text beside a full segment."""
         return self.limit - self.reserved - len(self.text)
+
+    @property
+    def room(self) -> int:
+        """Text tokens that surely still fit beside a full segment."""
+        return self.free if self.window is None else self.window.fitting(self.free)
+
+    @property
+    def adds(self) -> int | None:
+        """The token that the window puts among those of the text, if it does."""
+        return None if self.window is None else self.window.adds
+
+    def without_added(self, start: int, stop: int | None = None) -> list[int]:
+        """Tokens `start .. stop-1` but those that the window put among them."""
+        return [i for i in self.text[start:stop] if i != self.adds]
+
+    def placed(self, ids: Sequence[int], behind: int | None = None) -> Sequence[int]:
+        """`ids` as they become part of the text, behind its first `behind` tokens (all): with what the window puts
+        among them, but for a turn's."""
+        if self.window is None or self.window.adds is None:
+            return ids
+        return self.window.placed(ids, self.text[self.prompt : behind])
 
     @property
     def discounts(self) -> list[float]:
@@ -160,14 +181,17 @@ class Context:
     # --- edits ---
 
     def append(self, ids: Sequence[int]) -> None:
-        """Add text tokens at the end. Raises `ContextFull` if they do not fit; nothing is changed then.
+        """Add text tokens at the end, with what the window puts among them; a turn's as they are until it is kept.
+        Raises `ContextFull` if they do not fit; nothing is changed then.
 
         Where a window decides what stays of them, they follow no segment but in a turn: its rows have seen what the
         window may now have out of view.
         """
         if self.window is not None and self.turn is None and self.segment:
             raise ValueError("a segment goes before a text goes on that a window decides on")
-        if len(ids) > self.room:
+        if self.turn is None:
+            ids = self.placed(ids)
+        if len(ids) > self.free:
             raise ContextFull(
                 f"{len(ids)} tokens do not fit: {len(self.text)} of {self.limit - self.reserved} are used "
                 f"(context of {self.limit}, {self.reserved} of them reserved for retrieved passages)"
@@ -182,7 +206,11 @@ class Context:
 
     def take_back(self, count: int) -> int:
         """Drop the last `count` text tokens, between turns; returns how many rows of the cache stay valid."""
-        del self.text[len(self.text) - count :]
+        if self.adds is None:
+            del self.text[len(self.text) - count :]
+        else:
+            own = self.without_added(self.prompt)
+            self.text[self.prompt :] = self.placed(own[: len(own) - count], self.prompt)
         if self.window is None or self.settled > len(self.text):
             return self._restart(len(self.text))
         self.window.restart()  # rows see nothing behind them, so those before stay as they are
@@ -212,6 +240,8 @@ class Context:
         valid = min(self.plain_rows, (len(self.text) if whole else self.turn) - self.dropped)
         if not keep:
             del self.text[self.turn :]
+        elif self.adds is not None:
+            self.text[self.turn :] = self.placed(self.text[self.turn :], self.turn)
         self.turn = None
         self.segment = ()
         self._rule()
@@ -248,10 +278,11 @@ class Context:
         """
         if self.turn is not None or self.segment:
             raise ValueError("a window slides between turns only")
-        dropped = len(self.text) - self.prompt - recent
+        own = self.text[self.prompt :] if self.adds is None else self.without_added(self.prompt)
+        dropped = len(own) - recent
         if dropped <= 0 and not lead:
             return len(self.text)
-        self.text[self.prompt : self.prompt + max(0, dropped)] = lead
+        self.text[self.prompt :] = self.placed([*lead, *own[max(0, dropped) :]], self.prompt)
         return self._restart(self.prompt)
 
     # --- rows that a window drops ---

@@ -47,10 +47,14 @@ class Window(ABC):
         """The token that the policy puts into a text, if it does."""
         return None
 
-    def placed(self, ids: Sequence[int], before: Sequence[int]) -> tuple[list[int], list[int]]:  # noqa: ARG002
-        """`ids` as they are read behind the text `before`, with what the policy puts among them; and how many of `ids`
-        there are up to each."""
-        return list(ids), list(range(1, len(ids) + 1))
+    def placed(self, ids: Sequence[int], before: Sequence[int] = ()) -> list[int]:  # noqa: ARG002
+        """`ids` as they are read behind the text `before`, with what the policy puts among them. The same however a
+        text is cut."""
+        return list(ids)
+
+    def fitting(self, rows: int) -> int:
+        """Tokens of text that surely fit into so many rows, with what the policy puts among them."""
+        return rows
 
     def describe(self) -> str:
         """Name and settings."""
@@ -187,9 +191,9 @@ class Anchors(Window):
 
 class AddedAnchors(Anchors):
     """`Anchors` that are put into the text behind each span instead of being its last token (AnLLM-AC): each is the
-    token `adds`, which means nothing else and takes a position of its own. Spans end where those of `Anchors` would.
+    token `adds`, which means nothing else and takes a position of its own. A span has at most `longest` tokens with it.
 
-    Forgets as they do. What was written in a turn and kept is of one span with what is read next.
+    Forgets as they do.
     """
 
     name = "anchors-added"
@@ -209,22 +213,25 @@ class AddedAnchors(Anchors):
     def closes(self, length: int, token: int) -> bool:  # noqa: ARG002 - wherever it stands
         return token == self._token
 
-    def placed(self, ids: Sequence[int], before: Sequence[int]) -> tuple[list[int], list[int]]:
+    def placed(self, ids: Sequence[int], before: Sequence[int] = ()) -> list[int]:
         length = next((n for n in range(min(len(before), self.longest)) if before[-1 - n] == self._token), None)
         if length is None:
             length = min(len(before), self.longest)
         out: list[int] = []
-        read: list[int] = []
-        for number, token in enumerate(ids):
-            if length + 1 >= self.longest:  # full, and not before the next token comes: another may follow in a turn
+        for token in ids:
+            if length + 1 >= self.longest:  # full, and not before the next token comes: it may be a turn's
                 out.append(self._token)
-                read.append(number)
                 length = 0
             out.append(token)
-            read.append(number + 1)
             length += 1
             if super().closes(length + 1, token) and length + 1 < self.longest:
                 out.append(self._token)
-                read.append(number + 1)
                 length = 0
-        return out, read
+        return out
+
+    def fitting(self, rows: int) -> int:
+        half = max(1, self.longest // 2)  # text tokens that a span has at least
+        return (rows - 1) * half // (half + 1)
+
+
+NAMES = frozenset(policy.name for policy in (Separators, Cascade, Anchors, AddedAnchors))

@@ -11,18 +11,10 @@ from longstride.storage.sessions import StreamPassage
 
 
 class StreamMemory:
-    """Grows with `stream`, which its session owns. `drafts`: whether it keeps texts for drafts as they are read.
-    `added`: a token in the stream that is not of its text, and never drafted."""
+    """Grows with `stream`, which its session owns. `drafts`: whether it keeps texts for drafts as they are read."""
 
     def __init__(
-        self,
-        name: str,
-        stream: "array[int]",
-        tokenizer: Tokenizer,
-        passage_tokens: int,
-        *,
-        drafts: bool,
-        added: int | None = None,
+        self, name: str, stream: "array[int]", tokenizer: Tokenizer, passage_tokens: int, *, drafts: bool
     ) -> None:
         self.stream = stream
         self.index = StreamIndex(name, lambda a, b: tokenizer.decode(stream[a:b]))
@@ -30,8 +22,6 @@ class StreamMemory:
         self._tokenizer = tokenizer
         self._splitter = StreamSplitter(tokenizer, passage_tokens)
         self._drafts = drafts
-        self._added = added
-        self._caught_up = 0  # tokens of the stream that drafts are taken from
         self._characters = 0
 
     def restore(self, passages: list[StreamPassage], answers: Iterable[str]) -> None:
@@ -61,11 +51,7 @@ class StreamMemory:
             self._catch_up(tokens)
 
     def _catch_up(self, tokens: int) -> None:
-        if not self.texts.read.size:
-            self._caught_up = 0
-        fresh = self.stream[self._caught_up : tokens]
-        self._caught_up += len(fresh)
-        self.texts.read.extend(fresh if self._added is None else [i for i in fresh if i != self._added])
+        self.texts.read.extend(self.stream[self.texts.read.size : tokens])
 
     def drafter(self, drafting: str) -> Drafter | None:
         """What an answer's drafts come from: this session's own texts; None where drafting is off."""

@@ -104,9 +104,7 @@ class Session:
         self.stream = array("I")
         self.view = View(self.sequence, self.stream, self.headroom, leads=settings.window == notes.ROLLUP)
         drafts = settings.drafting != "off"
-        self.memory = StreamMemory(
-            self.name, self.stream, tokenizer, settings.passage_tokens, drafts=drafts, added=self.view.adds
-        )
+        self.memory = StreamMemory(self.name, self.stream, tokenizer, settings.passage_tokens, drafts=drafts)
         self._lock = asyncio.Lock()
         self._failure: str | None = None
 
@@ -190,13 +188,15 @@ class Session:
         vocabulary = self.core.model.runner.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise BadInput(f"token ids must be between 0 and {vocabulary - 1}")
+        if self.sequence.context.adds in ids:
+            raise BadInput(f"token {self.sequence.context.adds} stands for anchors in this session; leave it out")
         if notes_every is not None and notes.size(self, notes.NOTE) + 8 > self.headroom:
             raise BadInput(
                 f"a context of {self.sequence.context.limit} tokens is too short for notes; take a longer one "
                 "(context_tokens)"
             )
         report = ReadReport(tokens=len(ids))
-        async with self._work(2 * len(ids) if self.view.adds is not None else len(ids)):
+        async with self._work(len(ids)):
             before = self.sequence.computed
             room = self.sequence.context.room - self.headroom
             if self.settings.window == "refuse" and len(ids) > room:
@@ -210,21 +210,20 @@ class Session:
             at = 0
             storing: list[Storing] = []  # chunks on their way to the database while the next is computed
             try:
-                placed, read = self.view.placed(ids)
-                while at < len(placed):
+                while at < len(ids):
                     # the window slides when the next token does not fit, however the text was cut: what a session
                     # sees depends on its stream alone
                     if self.view.slid(1 + self.headroom) is not None:
                         await all_ended(storing, report, progress)
                     report.slides += await self._make_room(1 + self.headroom)
-                    size = min(self.core.device.budget_tokens, self.sequence.context.room - self.headroom)
+                    size = min(self.core.device.budget_tokens, self.view.ahead)
                     if notes_every is not None:
                         size = min(size, notes_every - self.tokens % notes_every)
-                    chunk, done = placed[at : at + size], read[at - 1] if at else 0
+                    chunk = ids[at : at + size]
                     at += len(chunk)
                     await self._read(chunk)
-                    told = None if also is None else partial(_told, also, read[at - 1])
-                    storing.append(Storing(partial(self._save, chunk, told), read[at - 1] - done, storing[-1:]))
+                    told = None if also is None else partial(_told, also, at)
+                    storing.append(Storing(partial(self._save, chunk, told), len(chunk), storing[-1:]))
                     await storing[-1].copied.wait()
                     await all_ended(storing, report, progress, but=1)
                     if notes_every is not None and self.tokens % notes_every == 0:
@@ -280,7 +279,7 @@ class Session:
         """Store a chunk's ids, passages and full blocks in one transaction, and `also`; returns the blocks stored.
         `copied` is awaited where the session may go on."""
         core, tokens = self.core, self.tokens
-        passages = self.memory.new_passages()
+        passages = self.memory.new_passages() if chunk else []
         blocks = await self.snapshot.new_blocks()
         start, packed, window = tokens - len(chunk), array("I", chunk).tobytes(), self.window_start
         stale, keep = self.snapshot.take_stale(), set(self.snapshot.ids)
@@ -380,14 +379,14 @@ class Session:
         """Tokens of a question that fit without sliding the window."""
         return max(0, self.sequence.context.room - self.settings.max_tokens)
 
+    async def store(self) -> None:
+        """Store blocks that have become whole."""
+        await finished(self._save([], None, _at_once))
+
     async def remember(self, ids: list[int], also: Change) -> None:
         """Make a finished turn's ids (already in the context) part of the stream; `also` is stored with them."""
         self.stream.extend(ids)
         await finished(self._save(ids, also, _at_once))
-
-    async def store(self) -> None:
-        """Store blocks that have become whole."""
-        await finished(self._save([], None, _at_once))
 
     def save_window(self, tables: Tables) -> None:
         """Store where the context begins, which a turn may have moved; inside the caller's transaction."""

@@ -83,9 +83,9 @@ class SessionSettings(BaseModel):
         "sinks", description="what stays of the text in the cache, and what happens when the context is full"
     )
     recent_tokens: int = Field(
-        512, ge=0, le=1 << 30, description="last tokens that stay whole (separators, cascade, anchors)"
+        512, ge=0, le=1 << 30, description="last tokens that stay whole (separators, cascade, both kinds of anchors)"
     )
-    span_tokens: int = Field(64, ge=2, le=1 << 30, description="tokens that an anchor stands for at most (anchors)")
+    span_tokens: int = Field(64, ge=2, le=1 << 30, description="tokens that an anchor stands for at most (both kinds)")
     context_tokens: int | None = Field(None, ge=64, description="context length; the model's own when not set")
     system: str = Field(SYSTEM, description="the system message")
     max_tokens: int = Field(256, ge=1, description="tokens of an answer at most")

@@ -25,14 +25,26 @@ class View:
     @property
     def recent(self) -> int:
         """Stream tokens kept when the window slides: half of what fits."""
+        return (self._whole - self.headroom) // 2
+
+    @property
+    def _whole(self) -> int:
+        """Tokens of text that fit behind the prompt and a lead."""
         context = self.sequence.context
-        return (context.limit - context.reserved - context.prompt - self.most_lead - self.headroom) // 2
+        rows = context.limit - context.reserved - context.prompt - self.most_lead
+        return rows if context.window is None else context.window.fitting(rows)
 
     @property
     def most_room(self) -> int:
         """Tokens that fit behind the prompt and a window that has just slid."""
+        return self._whole - self.recent
+
+    @property
+    def ahead(self) -> int:
+        """Tokens that can be read before the window must slide, 1 at least; the window does not slide for one of them
+        that comes alone."""
         context = self.sequence.context
-        return context.limit - context.reserved - context.prompt - self.most_lead - self.recent
+        return max(1, context.room - self.headroom - (context.adds is not None))
 
     @property
     def whole_from(self) -> int:
@@ -40,25 +52,15 @@ class View:
         context = self.sequence.context
         if context.window is None:
             return self.start
-        return self.start + max(0, context.window.whole_from() - context.prompt - len(self.lead))
-
-    @property
-    def adds(self) -> int | None:
-        """The token that the window policy puts into the stream, if it does."""
-        window = self.sequence.context.window
-        return None if window is None else window.adds
-
-    def placed(self, ids: list[int]) -> tuple[list[int], Ids[int]]:
-        """`ids` as the stream goes on with them, and how many of `ids` there are up to each."""
-        window = self.sequence.context.window
-        return (ids, range(1, len(ids) + 1)) if window is None else window.placed(ids, self.stream)
+        before = context.without_added(context.prompt, max(context.prompt, context.window.whole_from()))
+        return self.start + max(0, len(before) - len(self.lead))
 
     def show(self, start: int, lead: Ids[int]) -> None:
         """Fill an empty context with the stream from `start` on, or what fits of it behind `lead`."""
         context = self.sequence.context
         self.lead = list(lead)[: self.most_lead]
-        visible = len(self.stream) - start
-        self.start = start if len(self.lead) + visible <= context.room else len(self.stream) - self.recent
+        fits = len(context.placed([*self.lead, *self.stream[start:]])) <= context.free
+        self.start = start if fits else len(self.stream) - self.recent
         context.append([*self.lead, *self.stream[self.start :]])
 
     def slid(self, needed: int) -> int | None:

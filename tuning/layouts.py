@@ -7,7 +7,6 @@ Everything but prepending runs through the engine as a session runs it: feed, re
 import time
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -182,15 +181,12 @@ class Scorer:
         self, text: Ids[int], targets: list[int], adapter: Adapter | None, window: KeptRows | None = None
     ) -> Measured:
         """Targets behind a text and nothing else."""
-        measured = [True] * len(targets)
-        if window is not None:
-            start = len(self.prompt)
-            text, targets, measured = _placed(text[:start], [*text[start:], *targets], len(targets), window)
-        length = len(text) + len(targets)
-        context = Context(text, placement=Placement.END, limit=length + 8, reserved=0, window=window)
+        length = 2 * (len(text) + len(targets)) + 8  # a window may put as many tokens among them
+        context = Context(self.prompt, placement=Placement.END, limit=length, reserved=0, window=window)
+        context.append(text[len(self.prompt) :])
         sequence = Sequence(self.runner, context, max_rows=length, adapter=adapter)
-        losses = follow(self.runner, sequence, targets)
-        return Measured([loss for loss, is_text in zip(losses, measured, strict=True) if is_text], sequence.computed)
+        measure = follow if context.adds is None else read
+        return Measured(measure(self.runner, sequence, targets), sequence.computed)
 
     def _prepended(self, window: Window, layout: Layout, adapter: Adapter | None) -> Measured:
         out = Measured([])
@@ -246,15 +242,6 @@ class Scorer:
         return self.marks if layout.marks else ((), ())
 
 
-def _placed(prompt: Ids[int], ids: list[int], count: int, window: KeptRows) -> tuple[list[int], list[int], list[bool]]:
-    """`ids` behind `prompt` with what a window puts among them, as text and targets, the last `count` of `ids` and what
-    stands among those; and which targets are of `ids`."""
-    placed, read = window.placed(ids, ())
-    first = next(at for at, number in enumerate(read) if number > len(ids) - count)
-    own = [number > before for before, number in pairwise([0, *read])]
-    return [*prompt, *placed[:first]], placed[first:], own[first:]
-
-
 def segment(passages: Ids[list[int]], marks: tuple[Ids[int], Ids[int]]) -> list[list[int]]:
     """Passages as one run between marks, the best last; nothing where there are none."""
     if not passages:
@@ -270,6 +257,16 @@ def follow(runner: ModelRunner, sequence: Sequence, targets: list[int]) -> list[
     logits = last_logits(runner, sequence, len(targets))
     sequence.context.append(targets[-1:])
     return losses_of(logits, targets)
+
+
+def read(runner: ModelRunner, sequence: Sequence, targets: list[int]) -> list[float]:
+    """The same where a window puts tokens among them, which are no targets; the last one's row is computed too."""
+    context = sequence.context
+    before = len(context.text)
+    context.append(targets)
+    ids = context.text[before:]
+    losses = losses_of(last_logits(runner, sequence, len(ids) + 1)[:-1], ids)
+    return [loss for loss, id_ in zip(losses, ids, strict=True) if id_ != context.adds]
 
 
 def last_logits(runner: ModelRunner, sequence: Sequence, count: int) -> torch.Tensor:

@@ -129,11 +129,15 @@ class Steps:
 
     def _asked(self, turns: Turns, step: int, rng: random.Random) -> tuple[Window, Sample]:
         """A text under a window policy, and what is asked about it."""
-        past, start = self._place(step)
-        window = past.window(start, self.recipe.shape, 0, oracle=False)
-        ids = [*window.text, *(target for stride in window.strides for target in stride.targets)]
-        kept, asked = rng.choice(self._kept), turns.about(ids, TURNS, rng)
-        return window, Sample(self.recipe.layout, [], ((), ()), self.prompt, kept, asked)
+        kept = rng.choice(self._kept)
+        for attempt in range(100):
+            past, start = self._place(step + attempt * self.recipe.steps)
+            window = past.window(start, self.recipe.shape, 0, oracle=False)
+            ids = [*window.text, *(target for stride in window.strides for target in stride.targets)]
+            asked = turns.about(ids, TURNS, rng)
+            if asked:
+                return window, Sample(self.recipe.layout, [], ((), ()), self.prompt, kept, asked)
+        raise BadInput("the model says nothing about any of 100 windows; give other texts")
 
     def _place(self, number: int) -> tuple[Any, int]:
         epoch, at = divmod(number, self._count)

@@ -9,7 +9,6 @@ attention then costs what the branches need and not the square of them all.
 
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -151,8 +150,7 @@ def _asked(text: list[int], sample: Sample) -> Tree:
     """Turns behind a text; its last tokens are targets too, so that it can be read on."""
     kept, start = sample.kept, len(sample.prompt)
     sink = max(start, MIN_SINK)
-    placed, read = (text, list(range(1, len(text) + 1))) if kept is None else kept.placed(text, ())
-    ids = [*sample.prompt, *placed]
+    ids = [*sample.prompt, *(text if kept is None else kept.placed(text))]
     count = len(ids)
     mask, view = None, torch.ones(count, dtype=torch.bool)
     if kept is not None:
@@ -167,8 +165,9 @@ def _asked(text: list[int], sample: Sample) -> Tree:
         seen = torch.cat([view.expand(n, count), torch.ones(n, n, dtype=torch.bool).tril()], 1)
         branches.append(Branch(own, list(range(count, count + n)), count, seen, len(turn) - 1, answer))
     # rows that predict the text's own tokens: those of the last `TOLD` that are all behind the sink
-    least = max(sink + 1 - start, len(text) - TOLD)
-    told = [start + at - 1 for at, (before, number) in enumerate(pairwise([0, *read])) if number > max(before, least)]
+    adds = None if kept is None else kept.adds
+    own = [at - 1 for at in range(start, count) if ids[at] != adds]
+    told = own[max(sink + 1 - start, len(own) - TOLD) :]
     return Tree(ids, list(range(count)), branches, told, mask, [ids[row + 1] for row in told], sink)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from longstride.engine.window import Window
-from longstride.errors import StorageError
+from longstride.errors import BadInput, StorageError
 from tests.scheduler.test_session import TEXT, opened
 
 
@@ -116,35 +116,40 @@ async def test_what_a_policy_dropped_is_retrieved_though_the_window_still_spans_
         assert all(s.stop <= session.view.whole_from for s in answer.sources)
 
 
-async def test_added_anchors_are_in_the_stream_and_nowhere_else(tmp_path):
-    """They are no text: no passage, no draft and no count of what was read has them."""
+async def test_added_anchors_are_in_the_context_and_nowhere_else(tmp_path):
+    """They are no text: no stream, no passage, no draft and no count of what was read has them."""
     kept = {"window": "anchors-added", "recent_tokens": 0, "span_tokens": 12, "context_tokens": 1024}
     heard, told = [], []
     async with opened(tmp_path, **kept) as assistant:
         session = await assistant.session("s")
         report = await session.feed(TEXT[:600], progress=heard.append, also=lambda _tables, read: told.append(read))
-        tokenizer = assistant.model.tokenizer
-        (anchor,) = {id_ for id_ in session.stream if id_ in tokenizer.special}
-        assert anchor == tokenizer.spare[0]
-        assert report.tokens == sum(heard) == told[-1] == 600
-        assert session.stream.count(anchor) >= 600 // 12
-        assert tokenizer.decode(session.stream) == TEXT[:600]
-        assert session.memory.texts.read.ids.tolist() == list(TEXT[:600].encode())
-        answer = await session.answer("thing2 thing2", max_tokens=20)
+        context, anchor = session.sequence.context, assistant.model.tokenizer.spare[0]
+        assert context.text.count(anchor) >= 600 // 12
+        assert report.tokens == sum(heard) == told[-1] == session.tokens == 600
+        assert session.stream.tolist() == context.without_added(context.prompt) == list(TEXT[:600].encode())
+        answer = await session.answer("thing2 thing2", max_tokens=20, remember=True)
         assert answer.sources
-        assert all(source.text in TEXT for source in answer.sources)
         assert session.sequence.cache.length < 250
-
-
-async def test_a_file_under_added_anchors_is_read_on_where_it_was_left(tmp_path):
-    kept = {"window": "anchors-added", "span_tokens": 12}
+        assert anchor in context.text[-24:]  # what was kept of the turn has them too
+        with pytest.raises(BadInput, match="stands for anchors"):
+            await session.feed_ids([5, anchor])
+        text = list(context.text)
     async with opened(tmp_path, **kept) as assistant:
-        session = await assistant.session("s")
-        await session.feed(TEXT[:333], bookmark="tale")
-        report = await session.feed(TEXT[:500], bookmark="tale")
-        assert report.tokens == 167
-        assert assistant.model.tokenizer.decode(session.stream) == TEXT[:500]
-        assert (await session.feed(TEXT[:500], bookmark="tale")).tokens == 0
+        assert (await assistant.session("s")).sequence.context.text == text
+
+
+@pytest.mark.parametrize(("first", "then"), [("sinks", "anchors-added"), ("anchors-added", "cascade")])
+async def test_a_session_that_changes_its_policy_is_as_one_that_always_had_it(tmp_path, first, then):
+    kept = {"recent_tokens": 40, "span_tokens": 12}
+    texts = []
+    for name, policies in (("changed", [first, then]), ("same", [then])):
+        (tmp_path / name).mkdir()
+        async with opened(tmp_path / name, **kept) as assistant:
+            await (await assistant.session("s", window=policies[0])).feed(TEXT[:200])
+            session = await assistant.session("s", window=policies[-1])
+            await session.feed(TEXT[200:300])
+            texts.append((session.sequence.context.text, (await session.answer("What of thing1?")).text))
+    assert texts[0] == texts[1]
 
 
 async def test_snapshots_hold_what_is_kept_only(tmp_path, policy):

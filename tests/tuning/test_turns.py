@@ -13,7 +13,7 @@ from longstride.engine.sequence import Sequence
 from longstride.engine.tokenizer import Frame
 from longstride.engine.verify import generate
 from longstride.errors import BadInput
-from longstride.tuning.layouts import Layout, follow, last_logits, losses_of
+from longstride.tuning.layouts import Layout, Scorer, follow, last_logits, losses_of
 from longstride.tuning.recipe import Recipe
 from longstride.tuning.strides import Window
 from longstride.tuning.trees import Sample, tree
@@ -51,9 +51,8 @@ def engine(model: Model, layout: Layout | None, adapter=None) -> list[float]:
     context = Context(PROMPT, placement=Placement.TURN, limit=400, reserved=0, window=view)
     sequence = Sequence(model.runner, context, max_rows=400, adapter=adapter)
     text = ids[len(PROMPT) :]
-    placed = text if view is None else view.placed(text, ())[0]
-    context.append(placed)
-    told = [*PROMPT, *placed][sink + 1 :]
+    context.append(text)
+    told = context.text[sink + 1 :]
     logits = last_logits(model.runner, sequence, len(told) + 1)[:-1]
     own = [loss for loss, id_ in zip(losses_of(logits, told), told, strict=True) if view is None or id_ != view.adds]
     sequence.settle()
@@ -84,6 +83,8 @@ def test_what_is_trained_is_what_a_session_computes(tmp_path, spelled, kind):
     expected = engine(model, layout, adapter)
     assert found == pytest.approx(expected, abs=5e-4)
     assert found != pytest.approx(engine(model, layout), abs=2e-2)  # the adapter does something
+    measured = Scorer(model, PROMPT).score(window(), layout, SHAPE, adapter).losses
+    assert measured == pytest.approx(expected[len(expected) - len(measured) :], abs=5e-4)
     teacher = tree(window(), one.steps.taught(asked(layout, kept=True)), SHAPE)
     theirs = functional.cross_entropy(one.losses.teacher(teacher), torch.tensor(grown.wanted), reduction="none")
     assert theirs.tolist() == pytest.approx(engine(model, None), abs=5e-4)  # the base with all of it in view
