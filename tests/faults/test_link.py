@@ -149,8 +149,9 @@ async def test_told_to_stop_it_stops_also_where_the_broker_hangs_over_a_reply(tm
     caplog.set_level("INFO", "longstride.worker")
     async with peer(broker, ROOT) as client, working(tmp_path, broker, ROOT) as worker:
         await client.send(f"{ROOT}/sessions/s/feed", "text")
-        await asked(client)
-        await until(lambda: worker.jobs.depth()[0])
+        await client.send(f"{ROOT}/sessions/s/ask", {"id": "q", "question": "what?", "max_tokens": 200})
+        # the text and the question: a broker that stops between the two would keep the question
+        await until(lambda: [record.message for record in caplog.records].count("received") == 2)
         os.kill(broker._process.pid, signal.SIGSTOP)
         try:
             await until(lambda: worker.jobs.outbox_counts()[0])
