@@ -97,7 +97,7 @@ adapter: $(VENV)/installed-test
 # The same for `--window anchors`; docs/benchmarks says what it is good for.
 ANCHORS ?= build/smollm2-anchors
 adapter-anchors: $(VENV)/installed-test
-	$(BIN)/longstride tune anchors --dtype bf16 --steps 420 --dropout 0 --rank 8 --alpha 16 $(CORPORA) \
+	$(BIN)/longstride tune anchors --dtype bf16 --length 768 --steps 280 --dropout 0 --rank 8 --alpha 16 $(CORPORA) \
 	    --corpus $(DATA)/books/pg2701_moby_dick_or_the_whale.txt --corpus $(DATA)/books/pg84_frankenstein.txt \
 	    --out $(ANCHORS) --plot $(ANCHORS)/losses.png
 

@@ -19,10 +19,10 @@ from longstride.engine.context import MIN_SINK, Context, Placement
 from longstride.engine.model import Model, load_model
 from longstride.engine.sequence import Sequence
 from longstride.engine.tokenizer import punctuation
-from longstride.engine.window import AddedAnchors, Anchors, Cascade, Separators, Window
+from longstride.engine.window import Cascade, Separators, Window
 from longstride.scheduler.settings import SYSTEM
-from longstride.scheduler.windows import ANCHORS as TUNED
-from longstride.scheduler.windows import anchor_token
+from longstride.scheduler.windows import ANCHORS as KINDS
+from longstride.scheduler.windows import make_window
 from longstride.tuning import scores
 from longstride.tuning.layouts import follow, last_logits, losses_of
 from longstride.tuning.questions import Case, Question, load
@@ -91,20 +91,13 @@ def policies(model: Model, adapter: Adapter | None) -> Iterator[Policy]:
     spare = len(model.tokenizer.spare) > 2
     tuned_for = adapter.window if adapter is not None else ""
     for span, recent in ANCHORS:
-        kinds: dict[str, Callable[[int], Window]] = {
-            "anchors": partial(lambda span, recent, sink: Anchors(sink, span, marks.ends, recent), span, recent),
-            "anchors-added": partial(
-                lambda span, recent, sink: AddedAnchors(sink, span, marks.ends, anchor_token(model.tokenizer), recent),
-                span,
-                recent,
-            ),
-        }
-        for kind in TUNED if spare else TUNED[:1]:
+        for kind in KINDS if spare else KINDS[:1]:
             name = kind if not recent else f"{kind} + {recent}"
+            make_anchors = partial(make_window, kind, recent, span, model.tokenizer)
             if kind == tuned_for:
-                yield Policy(f"{name}, tuned", str(span), kinds[kind], adapter)
+                yield Policy(f"{name}, tuned", str(span), make_anchors, adapter)
             if span == 64:
-                yield Policy(name, str(span), kinds[kind])
+                yield Policy(name, str(span), make_anchors)
 
 
 def read(model: Model, ids: list[int], policy: Policy) -> None:

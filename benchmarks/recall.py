@@ -156,12 +156,13 @@ def run(model: Model, options: argparse.Namespace, folder: Path) -> list[dict[st
     settings: dict[str, Any] = {"context_tokens": options.context}
     db = options.db if options.db is not None else folder / "base.db"
     asyncio.run(base(model, db, ids, settings))
+    trained = load_adapter(options.adapter, model).window if options.adapter else ""
     results = []
     for window in options.windows:
         copy = folder / f"{window}.db"
         for file in db.parent.glob(f"{db.name}*"):
             shutil.copy(file, folder / file.name.replace(db.name, copy.name, 1))
-        adapter = {"adapter": str(options.adapter)} if window == options.adapter_window else {}
+        adapter = {"adapter": str(options.adapter)} if window == trained else {}
         results += asyncio.run(under(window, model, copy, these, ids, more, {**settings, **adapter}))
         for file in folder.glob(f"{copy.name}*"):
             file.unlink()
@@ -189,7 +190,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model = load_model(options.model)
-    options.adapter_window = load_adapter(options.adapter, model).window if options.adapter else ""
     with tempfile.TemporaryDirectory() as folder:
         results = run(model, options, Path(folder))
     table = Table("", "in view", "right", *(f"{kind}, {part}" for kind in ("book", "planted") for part in PARTS))

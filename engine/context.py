@@ -155,7 +155,8 @@ class Context:
 
     def without_added(self, start: int, stop: int | None = None) -> list[int]:
         """Tokens `start .. stop-1` but those that the window put among them."""
-        return [i for i in self.text[start:stop] if i != self.adds]
+        adds = self.adds
+        return self.text[start:stop] if adds is None else [i for i in self.text[start:stop] if i != adds]
 
     def placed(self, ids: Sequence[int], behind: int | None = None) -> Sequence[int]:
         """`ids` as they become part of the text, behind its first `behind` tokens (all): with what the window puts
@@ -206,11 +207,8 @@ class Context:
 
     def take_back(self, count: int) -> int:
         """Drop the last `count` text tokens, between turns; returns how many rows of the cache stay valid."""
-        if self.adds is None:
-            del self.text[len(self.text) - count :]
-        else:
-            own = self.without_added(self.prompt)
-            self.text[self.prompt :] = self.placed(own[: len(own) - count], self.prompt)
+        own = self.without_added(self.prompt)
+        self.text[self.prompt :] = self.placed(own[: len(own) - count], self.prompt)
         if self.window is None or self.settled > len(self.text):
             return self._restart(len(self.text))
         self.window.restart()  # rows see nothing behind them, so those before stay as they are
@@ -238,10 +236,7 @@ class Context:
         # with a window, a turn's tokens saw more than they will as part of the stream
         whole = keep and self.window is None
         valid = min(self.plain_rows, (len(self.text) if whole else self.turn) - self.dropped)
-        if not keep:
-            del self.text[self.turn :]
-        elif self.adds is not None:
-            self.text[self.turn :] = self.placed(self.text[self.turn :], self.turn)
+        self.text[self.turn :] = self.placed(self.text[self.turn :], self.turn) if keep else ()
         self.turn = None
         self.segment = ()
         self._rule()
@@ -278,7 +273,7 @@ class Context:
         """
         if self.turn is not None or self.segment:
             raise ValueError("a window slides between turns only")
-        own = self.text[self.prompt :] if self.adds is None else self.without_added(self.prompt)
+        own = self.without_added(self.prompt)
         dropped = len(own) - recent
         if dropped <= 0 and not lead:
             return len(self.text)

@@ -188,8 +188,8 @@ class Session:
         vocabulary = self.core.model.runner.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise BadInput(f"token ids must be between 0 and {vocabulary - 1}")
-        if self.sequence.context.adds in ids:
-            raise BadInput(f"token {self.sequence.context.adds} stands for anchors in this session; leave it out")
+        if (anchor := self.sequence.context.adds) is not None and anchor in ids:
+            raise BadInput(f"token {anchor} stands for anchors in this session; leave it out")
         if notes_every is not None and notes.size(self, notes.NOTE) + 8 > self.headroom:
             raise BadInput(
                 f"a context of {self.sequence.context.limit} tokens is too short for notes; take a longer one "

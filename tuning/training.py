@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from longstride.engine.context import MIN_SINK
 from longstride.engine.model import CACHE, PlainModel
 from longstride.engine.tokenizer import Tokenizer
 from longstride.errors import BadInput, ModelError
 from longstride.scheduler.marks import WORDS
-from longstride.scheduler.windows import anchor_token
 from longstride.tuning.recipe import Marks, Recipe, Steps
 from longstride.tuning.report import pyplot, save, write_json
 from longstride.tuning.trees import Batch, Tree, batch, tree
@@ -194,8 +194,9 @@ class Run:
         """Tokens that get rows of their own, each with tokens that say what it stands for where nothing is trained."""
         sides = zip(self.marks, WORDS, strict=True)
         words = {id_: tokenizer.encode(word) for mark, word in sides for id_ in mark}
-        if self.recipe.layout.window.startswith("anchors-added"):
-            words[anchor_token(tokenizer)] = tokenizer.encode(".\n")
+        kept = self.recipe.layout.new_window(tokenizer, MIN_SINK)
+        if kept is not None and kept.adds is not None:
+            words[kept.adds] = tokenizer.encode(".\n")
         return words
 
     @property

@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
 from safetensors.torch import load_file, save_file
 
 from longstride.engine.adapter import load_adapter, shipped_adapter
@@ -19,7 +17,7 @@ from longstride.engine.fuse import Block
 from longstride.engine.pieces import MemoryPieces
 from longstride.engine.sequence import Sequence
 from longstride.errors import ModelError
-from tests.engine.test_exactness import LIMIT, REFRESH, RESERVED, Exactness, layout
+from tests.engine.test_exactness import LIMIT, REFRESH, RESERVED, Exactness, explore, layout
 from tests.lora import MARKS, TARGETS, adapted_logits, own_file, save_adapter, tiny_loaded
 from tests.tiny import tiny_model
 
@@ -215,16 +213,7 @@ def test_any_sequence_of_operations_is_exact_with_an_adapter(adapters, placement
     machine = type("Machine", (Adapted,), {
         "kind": "llama", "placement": placement, "adapters": adapters, "which": which,
     })  # fmt: skip
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=5,
-            stateful_step_count=20,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            print_blob=True,
-        ),
-    )
+    explore(machine, 5, 20)
 
 
 # --- what it is ---

@@ -71,6 +71,20 @@ def layout(placement, text, pieces, boundary, sees=None, weight=1.0):
     return ids, positions, added
 
 
+def explore(machine, examples, steps):
+    """Run a state machine, of however slow a model."""
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+        ),
+    )
+
+
 class Exactness(RuleBasedStateMachine):
     kind: str
     placement: Placement
@@ -252,13 +266,4 @@ class Exactness(RuleBasedStateMachine):
 def test_any_sequence_of_operations_is_exact(kind, placement, refresh, weight):
     named = {"kind": kind, "placement": placement, "refresh": refresh, "weight": weight}
     machine = type("Machine", (Exactness,), named)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=30,
-            stateful_step_count=25,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            print_blob=True,
-        ),
-    )
+    explore(machine, 30, 25)

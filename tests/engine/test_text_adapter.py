@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
 from transformers import DynamicCache
 
 from longstride.engine import sequence as sequence_module
@@ -16,7 +14,7 @@ from longstride.engine.context import Context, Placement
 from longstride.engine.model import CACHE
 from longstride.engine.sequence import Sequence
 from longstride.errors import ModelError
-from tests.engine.test_exactness import LIMIT, PROMPT, REFRESH, RESERVED
+from tests.engine.test_exactness import LIMIT, PROMPT, REFRESH, RESERVED, explore
 from tests.engine.test_windows import SINK, Windowed, window
 from tests.lora import own_file, save_adapter, tiny_loaded
 from tests.tiny import tiny_model
@@ -90,16 +88,7 @@ def test_any_sequence_of_operations_is_exact(adapted, placement, policy):
     machine = type("Machine", (Read,), {
         "kind": "llama", "placement": placement, "policy": policy, "adapted": adapted,
     })  # fmt: skip
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=10,
-            stateful_step_count=20,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            print_blob=True,
-        ),
-    )
+    explore(machine, 10, 20)
 
 
 def test_a_turn_decodes_with_the_base_alone(adapted):

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, precondition, rule
 
 from longstride.engine import sequence as sequence_module
 from longstride.engine.context import Context, Placement
 from longstride.engine.sequence import Sequence
 from longstride.engine.window import STEP, AddedAnchors, Anchors, Cascade, Separators
-from tests.engine.test_exactness import PROMPT, REFRESH, RESERVED, Exactness, layout
+from tests.engine.test_exactness import PROMPT, REFRESH, RESERVED, Exactness, explore, layout
 from tests.tiny import reference_logits, tiny_model
 
 RECENT, LONGEST = 20, 9
@@ -196,16 +196,7 @@ def drop_early(monkeypatch):
 )
 def test_any_sequence_of_operations_is_exact(kind, placement, policy):
     machine = type("Machine", (Windowed,), {"kind": kind, "placement": placement, "policy": policy, "weight": 0.5})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=25,
-            stateful_step_count=25,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            print_blob=True,
-        ),
-    )
+    explore(machine, 25, 25)
 
 
 TEXTS = st.lists(st.sampled_from([*range(4, 12), *sorted(ENDS)[1:4]]), max_size=80)

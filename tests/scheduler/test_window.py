@@ -275,3 +275,29 @@ async def test_a_chunk_that_failed_is_taken_back_alone(tmp_path, policy, monkeyp
             with pytest.raises(RuntimeError):
                 await session.feed(TEXT[640:700])
         assert (await session.feed("y")).encoded == 1
+
+
+async def test_what_a_turn_left_is_stored_before_the_next_drops_rows_of_it(tmp_path, policy):
+    """A remembered turn's rows are computed again by the next turn; nothing is fed behind them."""
+    async with opened(tmp_path, context_tokens=1024, **policy) as assistant:
+        session = await assistant.session("s")
+        await session.feed(TEXT[:300])
+        await session.answer("What of thing2?", remember=True)
+        unbroken = (await session.answer("And thing1?")).text
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s")
+        whole = session.resumed.tokens // 16 * 16
+        if session.sequence.context.window is not None:
+            assert session.resumed.restored == whole
+        assert (await session.answer("And thing1?")).text == unbroken
+
+
+async def test_a_question_behind_a_text_that_shorter_passages_cut_anew_is_answered(tmp_path, policy):
+    """A turn that stores blocks stores no passages: it has no tokens that they could come with."""
+    async with opened(tmp_path, **policy) as assistant:
+        await (await assistant.session("s")).feed(TEXT[:310])
+    async with opened(tmp_path) as assistant:
+        session = await assistant.session("s", passage_tokens=12)
+        assert (await session.answer("What of thing2?")).text
+        await session.feed(TEXT[310:320])
+        assert (await session.answer("What of thing2?")).text
