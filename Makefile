@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench evaluate adapter adapter-anchors gpu clean
+.PHONY: demo test check bench evaluate adapter adapter-anchors ngrams gpu clean
 
 # torch first and alone: its CPU build is enough, and a plain dependency may pull gigabytes of CUDA packages.
 $(BIN)/python:
@@ -100,6 +100,12 @@ adapter-anchors: $(VENV)/installed-test
 	$(BIN)/longstride tune anchors --dtype bf16 --length 768 --steps 280 --dropout 0 --rank 8 --alpha 16 $(CORPORA) \
 	    --corpus $(DATA)/books/pg2701_moby_dick_or_the_whale.txt --corpus $(DATA)/books/pg84_frankenstein.txt \
 	    --out $(ANCHORS) --plot $(ANCHORS)/losses.png
+
+# The n-grams that come with the embedded model, from answers to questions about the same texts.
+ngrams: $(VENV)/installed-test
+	$(BIN)/longstride tune ngrams --dtype fp32 --tokens 250000 --work $(WORK)/ngrams $(CORPORA) \
+	    --corpus $(DATA)/books/pg2701_moby_dick_or_the_whale.txt --corpus $(DATA)/books/pg84_frankenstein.txt \
+	    --out engine/data/smollm2-ngrams.safetensors
 
 # Needs only torch and transformers; see benchmarks/gpu.py for its options.
 gpu:

@@ -43,7 +43,7 @@ class Ours:
         tokenizer, context = self.model.tokenizer, self.sequence.context
         context.text[:] = self.prompt
         self.sequence.cache.truncate(len(self.prompt) - 1)
-        drafter = None if drafting == "off" else Drafter(branches=drafting == "tree")
+        drafter = None if drafting == "off" else Drafter(self.model.ngrams, branches=drafting == "tree")
         banned = sorted(tokenizer.special - tokenizer.eos)
         started = time.perf_counter()
         if drafter is not None:
@@ -103,7 +103,7 @@ def by_match(ours: Ours, tokens: int, found: dict[int, list[int]]) -> None:
     ours.sequence.context.text[:] = ours.prompt
     ours.sequence.cache.truncate(len(ours.prompt) - 1)
     tokenizer, runner = ours.model.tokenizer, ours.model.runner
-    drafter = Drafter()
+    drafter = Drafter(ours.model.ngrams)
     drafter.begin(ours.prompt)
     banned = sorted(tokenizer.special - tokenizer.eos)
     decoding = Decoding(ours.sequence, Sampler(Sampling(), banned), tokenizer.eos, drafter=drafter)

@@ -1,4 +1,4 @@
-"""`longstride tune`: fine-tune an adapter on your own text."""
+"""`longstride tune`: fine-tune an adapter on your own text; count what a model tends to write."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,12 +30,12 @@ Frame = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Everything drawn follows from it.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Write a plot of the losses to this file.")]
 
-app = typer.Typer(help="Fine-tune an adapter on your own text.", no_args_is_help=True)
+app = typer.Typer(help="Adapters, and n-grams for drafts, from your own text.", no_args_is_help=True)
 
 
 @app.callback()
 def root() -> None:
-    """Fine-tune an adapter on your own text."""
+    """Adapters, and n-grams for drafts, from your own text."""
 
 
 @app.command()
@@ -149,6 +149,53 @@ def anchors(
         modules=tuple(name for name in (modules or "").split(",") if name), warmup=warmup, seed=seed,
     )  # fmt: skip
     train(recipe, corpus, out, (model, device, dtype), None, plot, frame=True)
+
+
+@app.command()
+def ngrams(
+    corpus: Annotated[list[Path], typer.Option("--corpus", help="Texts to ask about; files and folders, repeatable.")],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of answers, in all.")] = 200_000,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file.", show_default="where this model's are looked for")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work", help="Folder for finished answers; a run that was stopped goes on there.", show_default="by --out"
+        ),
+    ] = None,
+    seed: Seed = 0,
+    model: c.ModelName = None,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+) -> None:
+    """Count what a model tends to write, for drafts of what no text foretells.
+
+    It answers questions about the texts; what it found likely after each one and two tokens is kept. No text of a
+    session is in it. The embedded model comes with such a file.
+    """
+    from longstride.engine.model import load_model, ngrams_file
+    from longstride.tuning.kept import Kept
+    from longstride.tuning.ngrams import Answers, counted
+    from longstride.tuning.texts import texts
+
+    documents = texts(corpus)
+    loaded = c.loaded(load_model, model, device, dtype)
+    to = out or ngrams_file(loaded.content)
+    answers = Answers(loaded, documents, seed, Kept(work or to.with_suffix(".answers")))
+    with Progress(
+        TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn(),
+        console=c.err, transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=tokens)
+        taken = answers.take(tokens, lambda count: progress.update(task, completed=count))
+    size = loaded.runner.vocab_size
+    found = counted(taken, map(loaded.tokenizer.encode, (d.body for d in documents)), loaded.vocabulary, size)
+    found.save(to)
+    c.out.print(
+        f"{to}: {len(found):,} n-grams of {len(taken):,} answers, {sum(len(a.likely) for a in taken):,} tokens",
+        markup=False,
+    )
 
 
 def train(

@@ -1,20 +1,23 @@
 """Where drafts come from: what this session has seen, looked up by its longest match (Lookahead, arXiv 2312.12728).
 
 `History` finds earlier occurrences of the last few tokens; `Drafter` merges what followed them into a tree, most
-probable first, and stops where another token would cost more than it promises. Probabilities are learned as answers
-are written: how often a match of a given length was right, drafted or not, so a probe costs no forward.
+probable first, and stops where another token would cost more than it promises. What no text foretells the model's own
+n-grams may. Probabilities are learned as answers are written: how often a match of a given length was right, drafted or
+not, so a probe costs no forward.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
 
 from longstride.engine.history import GAP, WINDOW, History, hashes
+from longstride.engine.ngrams import NONE, NGrams
 
 MOST_NODES = 48
+DEEPEST = 32
 LEAST = 0.02  # a token less probable than this is never drafted
 GAIN = 1.05  # a draft that promises less is not made: looking it up and the first row behind another cost something too
 LEAD = 4  # a match this long is followed in step from then on
@@ -24,37 +27,43 @@ SETTLED = 8
 
 
 class Rates:
-    """How often the next token was one of those that a kind of evidence named.
+    """How often the next token was one of those that a kind of evidence named, against how often it promised so.
 
     Evidence is an exact match of some length, or a text followed in step since its last difference (`Lead`); a class
-    is such a kind with a range of lengths. Begins with a guess, as if seen `WEIGHT` times, and forgets with a memory of
-    `MEMORY` observations, so that it follows the text.
+    is such a kind with a range of lengths. One more is the model's n-grams, which state chances of their own. Begins
+    with a guess, as if seen `WEIGHT` times, and forgets with a memory of `MEMORY` observations, so that it follows the
+    text.
     """
 
     EDGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # from each to the next
     EXACT = (0.05, 0.1, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.95, 0.98)
     STEP = (0.15, 0.65, 0.8, 0.85, 0.85, 0.85, 0.9, 0.9, 0.9, 0.95, 0.98)
+    NGRAMS = len(EXACT) + len(STEP)
     WEIGHT = 6.0
     MEMORY = 128.0
 
     def __init__(self) -> None:
-        start = (*self.EXACT, *self.STEP)
+        start = (*self.EXACT, *self.STEP, 1.0)
         self._right = [self.WEIGHT * rate for rate in start]
         self._seen = [self.WEIGHT] * len(start)
-        self._class = [max(i for i, edge in enumerate(self.EDGES) if edge <= n) for n in range(WINDOW + 1)]
+        exact = [
+            max(i for i, edge in enumerate(self.EDGES) if edge <= min(n, WINDOW)) for n in range(WINDOW + DEEPEST + 1)
+        ]
+        self._kinds = exact, [kind + len(self.EDGES) for kind in exact]
 
-    def kind(self, length: int, *, step: bool) -> int:
-        """The class of such evidence."""
-        return self._class[min(length, WINDOW)] + (len(self.EDGES) if step else 0)
+    def kinds(self, length: int, count: int, *, step: bool) -> list[int]:
+        """The classes of evidence of `length` tokens (up to WINDOW) and of as much more as turns out to be right
+        (`count` of them, up to DEEPEST + 1)."""
+        return self._kinds[step][length : length + count]
 
     def __getitem__(self, kind: int) -> float:
         return self._right[kind] / self._seen[kind]
 
-    def observe(self, kind: int, *, right: bool) -> None:
+    def observe(self, kind: int, *, right: bool, promised: float = 1.0) -> None:
         """Evidence of this class named the token that came, or did not."""
         keep = 1 - 1 / self.MEMORY
         self._right[kind] = self._right[kind] * keep + right
-        self._seen[kind] = self._seen[kind] * keep + 1
+        self._seen[kind] = self._seen[kind] * keep + promised
 
 
 @dataclass(eq=False)
@@ -80,20 +89,20 @@ class Lead:
         return self.place < self.history.size and self.differences <= DIFFERENCES
 
 
-Place = tuple[int, int, bool]  # which continuation, its length at the root, whether it is followed in step
+Place = tuple[list[int], list[int]]  # a continuation, and the class of the evidence for each of its tokens
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
-    """A drafted token. `probability`: that it and all before it are right; `expected`: what may follow it, as
-    (class of evidence, tokens), best evidence first."""
+    """A drafted token. `probability`: that it and all before it are right; `places`: what continues it; `expected`:
+    what may follow it, as (class of evidence, tokens, their chance as the evidence has it), best evidence first."""
 
     token: int
     parent: "Node | None"
     depth: int
     probability: float
     places: list[Place]
-    expected: list[tuple[int, set[int]]] = field(default_factory=list)
+    expected: list[tuple[int, Collection[int], float]] = field(default_factory=list)
     children: dict[int, "Node"] = field(default_factory=dict)
     row: int = -1  # in the order of `Draft.nodes`; the root has none
 
@@ -114,15 +123,17 @@ class Draft:
 
 
 class Drafter:
-    """Drafts for one session, from nothing but that session's own texts.
+    """Drafts for one session, from nothing but that session's own texts and what the model writes whatever it reads.
 
     `read`: the stream. `said`: what was drafted for, questions and answers, the present one's last (after a restart the
-    answers alone). `view`: passages in view. `branches`: whether a token may have several successors. Not thread-safe.
+    answers alone). `view`: passages in view. `ngrams`: the model's, if it has some. `branches`: whether a token may
+    have several successors. Not thread-safe.
     """
 
     SAID_LIMIT = 1 << 16  # tokens of questions and answers kept; half are dropped when it is passed
 
-    def __init__(self, *, branches: bool = True) -> None:
+    def __init__(self, ngrams: NGrams | None = None, *, branches: bool = True) -> None:
+        self.ngrams = ngrams
         self.read = History()
         self.said = History()
         self.view = History()
@@ -130,6 +141,7 @@ class Drafter:
         self.rates = Rates()
         self.leads: list[Lead] = []
         self._new: list[int] = []
+        self._before = NONE  # the token before the last, where a draft begins
 
     def begin(self, ids: Sequence[int]) -> None:
         """A text begins (a question; a prompt) that what is said from now on continues."""
@@ -159,50 +171,55 @@ class Drafter:
         most: int = MOST_NODES,
         beside: int = 0,
     ) -> Draft:
-        """What may follow `tail`: at most `depth` tokens deep and `most` in all, as many as make the expected tokens a
-        second largest, where a forward with so many drafted tokens takes `cost` (convex from one on) and brings a token
-        to `beside` other texts. A draft without nodes: it does not pay.
+        """What may follow `tail`: at most `depth` tokens deep (up to DEEPEST) and `most` in all, as many as make the
+        expected tokens a second largest, where a forward with so many drafted tokens takes `cost` (convex from one on)
+        and brings a token to `beside` other texts. A draft without nodes: it does not pay.
         """
         self.said.extend(self._new)
         self._new = []
+        depth = min(depth, DEEPEST)
         found: list[Place] = []
-        follow: list[list[int]] = []
         longest: Lead | None = None
         keys = hashes(np.asarray(tail[-WINDOW:], np.int32))
         for history in (self.view, self.said, self.read):
             places, lengths = history.matches(tail, keys)
             if not len(places):
                 continue
-            found += [(len(follow) + i, length, False) for i, length in enumerate(lengths.tolist())]
-            follow += history.continuations(places, depth + 1, live=history is self.said).tolist()
+            follow = history.continuations(places, depth + 1, live=history is self.said).tolist()
+            kinds = [self.rates.kinds(length, depth + 1, step=False) for length in lengths.tolist()]
+            found += zip(follow, kinds, strict=True)
             if longest is None or lengths[0] > longest.agreed:
                 longest = Lead(history, int(places[0]), int(lengths[0]))
         for lead in self.leads:
-            found.append((len(follow), lead.agreed, True))
             place = np.array([lead.place])
-            follow += lead.history.continuations(place, depth + 1, live=lead.history is self.said).tolist()
+            follow = lead.history.continuations(place, depth + 1, live=lead.history is self.said).tolist()
+            found.append((follow[0], self.rates.kinds(min(lead.agreed, WINDOW), depth + 1, step=True)))
         match = 0 if longest is None else longest.agreed
         self._lead(longest)
-        root = Node(GAP, None, 0, 1.0, found)
+        self._before = tail[-2] if len(tail) > 1 else NONE
+        root = Node(tail[-1], None, 0, 1.0, found)
         taken: list[Node] = []
         waiting: list[tuple[float, int, Node]] = []
         tie = count()
         expected = 1.0 + beside
         node = root
+        # what it costs that there is a draft at all is left to the end, so the first token's step is the second's
+        now, here, there = cost(0), cost(1), cost(2)
         while True:
-            for child in self._children(node, follow) if node.depth < depth or node is root else ():
+            for child in self._children(node) if node.depth < depth or node is root else ():
                 heapq.heappush(waiting, (-child.probability, next(tie), child))
             if not waiting or len(taken) == min(most, MOST_NODES) or depth < 1:
                 break
             node = heapq.heappop(waiting)[2]
-            # the next most probable token; when it is not worth its cost, none of the others is (what it costs that
-            # there is a draft at all is left to the end)
-            now, step = cost(len(taken)), cost(max(1, len(taken)) + 1) - cost(max(1, len(taken)))
-            if node.probability < LEAST or node.probability * now <= expected * step:
+            # the next most probable token; when it is not worth its cost, none of the others is
+            if node.probability < LEAST or node.probability * now <= expected * (there - here):
                 break
             taken.append(node)
             expected += node.probability
-        if expected * cost(0) < GAIN * (1.0 + beside) * cost(len(taken)):
+            if len(taken) > 1:
+                here, there = there, cost(len(taken) + 1)
+            now = here
+        if expected * cost(0) < GAIN * (1.0 + beside) * now:
             taken = []
         return Draft(root, ordered(root, taken), match)
 
@@ -213,42 +230,61 @@ class Drafter:
         if all(lead.history is not longest.history or lead.place != longest.place for lead in self.leads):
             self.leads = [longest, *self.leads][:LEADS]
 
-    def _children(self, node: Node, follow: list[list[int]]) -> list[Node]:
+    def _children(self, node: Node) -> list[Node]:
         """What may follow `node`: tokens after the longest match share its rate, those after shorter ones what is left
         (as prediction by partial matching does; Cleary and Witten 1984)."""
+        depth, rates = node.depth, self.rates
         left = node.probability
         made: dict[int, Node] = {}
-        kinds: dict[int, list[Place]] = {}
+        kinds: dict[int, dict[int, list[Place]]] = {}
         for place in node.places:
-            if follow[place[0]][node.depth] != GAP:
-                kinds.setdefault(self.rates.kind(place[1] + node.depth, step=place[2]), []).append(place)
-        for kind in sorted(kinds, key=self.rates.__getitem__, reverse=True):
-            shares: dict[int, list[Place]] = {}
-            for place in kinds[kind]:
-                token = follow[place[0]][node.depth]
-                if token in made:
-                    made[token].places.append(place)
-                else:
-                    shares.setdefault(token, []).append(place)
-            if not shares:
+            token, kind = place[0][depth], place[1][depth]
+            if token == GAP:
                 continue
-            total = sum(map(len, shares.values()))
-            right = left * self.rates[kind]
-            node.expected.append((kind, set(shares)))
-            for token, places in shares.items():
-                made[token] = Node(token, node, node.depth + 1, right * len(places) / total, places)
+            shares = kinds.get(kind)
+            if shares is None:
+                kinds[kind] = {token: [place]}
+            elif token in shares:
+                shares[token].append(place)
+            else:
+                shares[token] = [place]
+        for kind in sorted(kinds, key=rates.__getitem__, reverse=True) if len(kinds) > 1 else kinds:
+            new, total = {}, 0
+            for token, places in kinds[kind].items():
+                if token in made:
+                    made[token].places += places
+                else:
+                    new[token] = places
+                    total += len(places)
+            if not new:
+                continue
+            right = left * rates[kind]
+            node.expected.append((kind, new.keys(), 1.0))
+            for token, places in new.items():
+                made[token] = Node(token, node, depth + 1, right * len(places) / total, places)
             left -= right
             if left < LEAST:
                 break
+        if self.ngrams is not None and left >= LEAST:
+            self._tend(node, left * rates[Rates.NGRAMS], made, self.ngrams)
         if self.branches or not made:
             return list(made.values())
         return [max(made.values(), key=lambda child: child.probability)]
 
+    def _tend(self, node: Node, left: float, made: dict[int, Node], ngrams: NGrams) -> None:
+        """Add to what may follow `node` what the model tends to write there, with a share of the probability `left`."""
+        before = self._before if node.parent is None else node.parent.token
+        named = {token: chance for token, chance in ngrams.after(before, node.token) if token not in made}
+        node.expected.append((Rates.NGRAMS, named.keys(), sum(named.values())))
+        for token, chance in named.items():
+            if left * chance >= LEAST:
+                made[token] = Node(token, node, node.depth + 1, left * chance, [])
+
     def observe(self, node: Node, token: int) -> None:
-        """`token` followed the text that `node` stands for: learn whose matches were right."""
-        for kind, tokens in node.expected:
+        """`token` followed the text that `node` stands for: learn whose evidence was right."""
+        for kind, tokens, promised in node.expected:
             right = token in tokens
-            self.rates.observe(kind, right=right)
+            self.rates.observe(kind, right=right, promised=promised)
             if right:
                 break
 

@@ -14,6 +14,7 @@ GAP = -1  # stands between texts that do not continue one another
 SMALL = 10  # bits of the smallest hash table
 FEW = 12  # ids that are entered one by one
 WHOLE = (1 << 64) - 1
+NOWHERE = np.empty(0, np.int64)
 MIX = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
 
 
@@ -120,12 +121,13 @@ class History:
         Occurrences at the very end, which nothing follows, are left out; at most `CHAIN` are looked at for each level,
         so a match of k tokens for any k of `LEVELS` is found if there is one.
         """
+        if not self.size:
+            return NOWHERE, NOWHERE
         wanted = np.asarray(tail[-WINDOW:], np.int32)
+        found = hashes(wanted) if found is None else found
         places: dict[int, None] = {}
-        if self._bits and found is None:
-            found = hashes(wanted)
         for level in range(len(LEVELS) - 1, -1, -1):
-            if not self._bits or found is None or not len(found[level]):
+            if not len(found[level]):
                 continue
             before, place = self._before[level], int(self._latest[level, int(found[level][-1]) >> (64 - self._bits)])
             for _ in range(CHAIN):
@@ -135,7 +137,7 @@ class History:
                 place = int(before[place])
         ends = np.fromiter((p for p in places if p + 1 < self.size), np.int64)
         if not len(ends):
-            return ends, ends
+            return NOWHERE, NOWHERE
         back = ends[:, None] - np.arange(len(wanted))
         same = (self._ids[np.maximum(back, 0)] == wanted[::-1]) & (back >= 0)
         lengths = np.where(same.all(1), len(wanted), np.argmin(same, 1))

@@ -21,11 +21,13 @@ from longstride.engine.embedded import (
     package_versions,
     silent,
 )
+from longstride.engine.ngrams import NGrams
 from longstride.engine.runner import ModelRunner, refuse_untruncatable
 from longstride.engine.tokenizer import HFTokenizer, Tokenizer
 from longstride.errors import BadInput, ModelError
 
 EMBEDDED = "smollm2"
+EMBEDDED_NGRAMS = Path(__file__).with_name("data") / f"{EMBEDDED}-ngrams.safetensors"
 # what transformers' models call the cache that they are given
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,13 +36,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Model:
     """A loaded model. `fingerprint` names everything that decides the value of a KV row, `vocabulary` everything
-    that decides what a token id means."""
+    that decides what a token id means. `content` names the weights as they are stored; `ngrams`: what the model tends
+    to write, where that was counted."""
 
     name: str
     runner: ModelRunner
     tokenizer: Tokenizer
     fingerprint: str
     vocabulary: str
+    content: str = ""
+    ngrams: NGrams | None = None
 
 
 def choose_device(device: str) -> torch.device:
@@ -89,7 +94,20 @@ def _load(name: str, device: str, dtype: str, progress: Progress) -> Model:
     plain = load_plain(name, device=device, dtype=dtype, progress=progress)
     runner = ModelRunner(plain.model)
     runner.calibrate()
-    return Model(name, runner, plain.tokenizer, _fingerprint(plain, runner), plain.vocabulary)
+    fingerprint, ngrams = _fingerprint(plain, runner), find_ngrams(plain)
+    return Model(name, runner, plain.tokenizer, fingerprint, plain.vocabulary, plain.content, ngrams)
+
+
+def ngrams_file(content: str) -> Path:
+    """Where the n-grams of a model are looked for, by what names its weights (`Model.content`)."""
+    return cache_folder() / "ngrams" / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
+
+
+def find_ngrams(plain: "PlainModel") -> NGrams | None:
+    """Those that were made for this model, or those that come with the embedded one."""
+    shipped = [EMBEDDED_NGRAMS] if plain.name == EMBEDDED else []
+    found = next((path for path in (ngrams_file(plain.content), *shipped) if path.is_file()), None)
+    return None if found is None else NGrams.load(found, plain.vocabulary)
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,11 @@ class Sampler:
         """What chooses a token for a row of `logits` [rows, vocabulary] behind a context; it takes them over."""
         scores = self._allowed(logits)
         greedy = self.sampling.temperature == 0 and not self.penalizes
-        best = scores.numpy().argmax(-1).tolist() if greedy else None  # numpy's takes a fifth of torch's time
+        plain = scores.numpy() if greedy else None
 
         def choose(row: int, context: Sequence[int]) -> Choice:
-            if best is not None:
-                return Choice(best[row], scores[row])
+            if plain is not None:
+                return Choice(int(plain[row].argmax()), scores[row])  # numpy's takes a fifth of torch's time
             own = self._penalized(scores[row], context)
             if self.sampling.temperature == 0:
                 return Choice(int(own.argmax()), own)

@@ -16,7 +16,6 @@ from longstride.engine.runner import ModelRunner
 from longstride.engine.sampling import Choice, Sampler, Sampling
 from longstride.engine.sequence import Sequence as Cached
 
-DEEPEST = 32
 # The longer no drafted token was right, the more rarely drafts are looked for: after n steps every n / `QUIET`th,
 # at least every `PROBE`th
 QUIET, PROBE = 4, 8
@@ -63,7 +62,7 @@ class Decoding:
         # what is due besides the last token is computed anyway: a drafted token saves a step, not a part of this one
         self.proposal = self.drafter.propose(
             context.text[-WINDOW:],
-            max(0, min(depth, DEEPEST, context.room - 1)),
+            max(0, min(depth, context.room - 1)),
             costs.curve(1 + rows, context.rows),
             most=cache.limit - context.rows,
             beside=texts,

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Iterable
 
 from longstride.engine.draft import Drafter
-from longstride.engine.tokenizer import Tokenizer
+from longstride.engine.model import Model
 from longstride.scheduler.passages import StreamSplitter
 from longstride.scheduler.retriever import StreamIndex
 from longstride.storage.sessions import StreamPassage
@@ -13,12 +13,11 @@ from longstride.storage.sessions import StreamPassage
 class StreamMemory:
     """Grows with `stream`, which its session owns. `drafts`: whether it keeps texts for drafts as they are read."""
 
-    def __init__(
-        self, name: str, stream: "array[int]", tokenizer: Tokenizer, passage_tokens: int, *, drafts: bool
-    ) -> None:
+    def __init__(self, name: str, stream: "array[int]", model: Model, passage_tokens: int, *, drafts: bool) -> None:
+        tokenizer = model.tokenizer
         self.stream = stream
         self.index = StreamIndex(name, lambda a, b: tokenizer.decode(stream[a:b]))
-        self.texts = Drafter()
+        self.texts = Drafter(model.ngrams)
         self._tokenizer = tokenizer
         self._splitter = StreamSplitter(tokenizer, passage_tokens)
         self._drafts = drafts

@@ -104,7 +104,7 @@ class Session:
         self.stream = array("I")
         self.view = View(self.sequence, self.stream, self.headroom, leads=settings.window == notes.ROLLUP)
         drafts = settings.drafting != "off"
-        self.memory = StreamMemory(self.name, self.stream, tokenizer, settings.passage_tokens, drafts=drafts)
+        self.memory = StreamMemory(self.name, self.stream, core.model, settings.passage_tokens, drafts=drafts)
         self._lock = asyncio.Lock()
         self._failure: str | None = None
 

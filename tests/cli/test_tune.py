@@ -1,4 +1,4 @@
-"""`longstride tune marks` and `longstride eval perplexity` from end to end, on a tiny model; their refusals."""
+"""`longstride tune` and `longstride eval perplexity` from end to end, on a tiny model; their refusals."""
 
 import json
 
@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from longstride.cli import evaluate, main, tune
 from longstride.engine import model as models
 from longstride.errors import BadInput
+from longstride.tuning import ngrams as counting
 from tests.lora import tiny_loaded
 from tests.tuning.test_strides import text
 from tests.tuning.test_training import plain
@@ -165,3 +166,23 @@ def test_an_adapter_for_anchors_is_trained_measured_and_used_where_it_fits(folde
     assert losses[asked[0]] != losses[asked[1]] != losses[asked[2]]
     with pytest.raises(BadInput, match="trained for window=anchors"):
         perplexity(folder, *mine, "--layout", "none,adapter=mine")
+
+
+def test_ngrams_are_counted_and_found_by_the_model_they_are_of(folder, monkeypatch):
+    monkeypatch.setenv("LONGSTRIDE_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(counting, "ANSWER", 8)
+    monkeypatch.setattr(counting, "PART", 4)
+    asked = ["ngrams", "--corpus", folder / "train", "--tokens", "30"]
+    done = invoke(tune.app, *asked)
+    assert done.exit_code == 0, done.stderr
+    assert "n-grams of 4 answers, " in done.stdout
+    whole = models.PlainModel("tiny", None, None, "", "bytes")
+    found = models.find_ngrams(whole)
+    assert found is not None
+    assert f"{len(found):,} n-grams" in done.stdout
+    again = invoke(tune.app, *asked, "--out", folder / "other.safetensors")
+    assert again.stdout.partition(": ")[2] == done.stdout.partition(": ")[2]
+    assert (folder / "other.safetensors").read_bytes() == models.ngrams_file("").read_bytes()
+    (folder / "empty").mkdir()
+    with pytest.raises(BadInput, match="no text"):
+        invoke(tune.app, "ngrams", "--corpus", folder / "empty")

@@ -5,8 +5,9 @@ import pytest
 
 from longstride.engine.attention import Slice
 from longstride.engine.costs import StepCosts
-from longstride.engine.draft import Drafter, Rates
+from longstride.engine.draft import DEEPEST, Drafter, Rates
 from longstride.engine.history import GAP
+from longstride.engine.ngrams import NONE, NGrams
 
 
 def line(fixed, slope):
@@ -150,7 +151,7 @@ def test_what_is_kept_of_answers_is_bounded(monkeypatch):
 
 def test_rates_follow_what_is_seen():
     rates = Rates()
-    kind, other = rates.kind(2, step=False), rates.kind(40, step=True)
+    kind, other = rates.kinds(2, 1, step=False)[0], rates.kinds(30, 3, step=True)[-1]
     start = rates[other]
     for _ in range(400):
         rates.observe(kind, right=False)
@@ -159,6 +160,59 @@ def test_rates_follow_what_is_seen():
         rates.observe(kind, right=True)
     assert rates[kind] > 0.9
     assert rates[other] == start
+
+
+def test_evidence_grows_with_every_token_that_is_right():
+    rates = Rates()
+    kinds = rates.kinds(30, DEEPEST + 1, step=False)
+    assert len(kinds) == DEEPEST + 1
+    assert kinds[:3] == [rates.kinds(n, 1, step=False)[0] for n in (30, 31, 32)]
+    assert set(kinds[2:]) == {kinds[2]}  # from WINDOW on all are alike
+
+
+def tendencies(after):
+    """N-grams of {pair: [(what may follow, in 255ths)]}; a pair's first is NONE where a single token is meant."""
+    rows = sorted(((before + 1) * 1000 + last, found) for (before, last), found in after.items())
+    tokens, chances = (np.array([[each[i] for each in found] for _, found in rows]) for i in (0, 1))
+    return NGrams(np.array([key for key, _ in rows]), tokens, chances.astype(np.uint8), vocabulary="numbers", size=1000)
+
+
+def test_what_no_text_foretells_the_model_may():
+    ngrams = tendencies({(NONE, 5): [(6, 100), (7, 50)], (4, 5): [(8, 200), (9, 0)], (NONE, 8): [(1, 250), (0, 0)]})
+    drafter = Drafter(ngrams)
+    draft = drafter.propose([3, 4, 5], 4, CHEAP)
+    assert paths(draft) == [[8], [8, 1]]  # the pair says more than its last token; a chance of 0 is none
+    assert [node.probability for node in draft.nodes] == pytest.approx([200 / 255, 200 / 255 * 250 / 255])
+    assert paths(drafter.propose([4, 4, 5], 1, CHEAP)) == [[8]]
+    assert paths(drafter.propose([3, 3, 5], 1, CHEAP)) == [[6], [7]]
+    assert paths(drafter.propose([5], 1, CHEAP)) == [[6], [7]]
+    assert Drafter().propose([3, 4, 5], 4, CHEAP).nodes == []
+
+
+def test_the_texts_come_first_and_the_model_has_what_they_leave():
+    drafter = Drafter(tendencies({(NONE, 5): [(6, 100), (30, 100)]}))
+    drafter.read.extend([1, 2, 3, 4, 5, 30, 31, 32])
+    root = drafter.propose([1, 2, 3, 4, 5], 4, CHEAP).root
+    assert list(root.children) == [30, 6]
+    right = drafter.rates[drafter.rates.kinds(5, 1, step=False)[0]]
+    assert root.children[30].probability == pytest.approx(right)
+    assert root.children[6].probability == pytest.approx((1 - right) * 100 / 255)
+
+
+def test_the_models_chances_are_believed_as_far_as_they_hold():
+    drafter = Drafter(tendencies({(NONE, 5): [(6, 128), (7, 64)]}))
+
+    def chance():
+        nodes = drafter.propose([5], 1, CHEAP).nodes
+        return nodes[0].probability if nodes else 0.0
+
+    start = chance()
+    for _ in range(60):
+        drafter.observe(drafter.propose([5], 1, CHEAP).root, 99)
+    assert chance() < 0.3 * start
+    for _ in range(400):
+        drafter.observe(drafter.propose([5], 1, CHEAP).root, 7)
+    assert chance() > start  # one of its two came every time, which is more than it promised
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])

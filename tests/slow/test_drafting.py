@@ -43,7 +43,7 @@ async def test_greedy_text_is_the_same_with_and_without_drafts(tmp_path, model, 
             await session.feed_ids(model.tokenizer.encode(prompt.text)[:READ])
             answers = {}
             for drafting in ("off", "lookup", "tree"):
-                session.memory.texts = Drafter()  # or it would be drafted from the same answer a moment ago
+                session.memory.texts = Drafter(model.ngrams)  # or it would be drafted from the same answer a moment ago
                 answers[drafting] = await session.answer(prompt.question, policy=policy, drafting=drafting)
             if len({answer.text for answer in answers.values()}) > 1:
                 different.append((prompt.task, prompt.name, policy, placement.value))

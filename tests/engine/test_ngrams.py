@@ -1,0 +1,67 @@
+"""N-grams as they are stored and found again; what is no such file is refused."""
+
+import numpy as np
+import pytest
+
+from longstride.engine import model as models
+from longstride.engine.ngrams import NONE, NGrams
+from longstride.errors import BadInput, LongstrideError, ModelError
+
+SIZE = 70_000  # more than two bytes hold
+
+
+def some(size=SIZE):
+    keys = np.array([5, size - 1, (3 + 1) * size + 5])
+    tokens = np.array([[6, 7], [size - 2, 0], [8, 9]])
+    return NGrams(keys, tokens, np.array([[255, 51], [102, 0], [10, 5]], np.uint8), vocabulary="v", size=size)
+
+
+@pytest.mark.parametrize("size", [300, SIZE])
+def test_what_is_stored_is_found_again(tmp_path, size):
+    some(size).save(tmp_path / "new" / "n.safetensors")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["n.safetensors"]
+    found = NGrams.load(tmp_path / "new" / "n.safetensors", "v")
+    assert len(found) == 3
+    assert found.after(NONE, 5) == [(6, 1.0), (7, 0.2)]
+    assert found.after(3, 5) == [(8, 10 / 255), (9, 5 / 255)]
+    assert found.after(4, 5) == [(6, 1.0), (7, 0.2)]  # an unknown pair: what its last token says
+    assert found.after(4, size - 1) == [(size - 2, 0.4)]
+    assert found.after(size - 1, 6) == []
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "n.safetensors"
+    some().save(path)
+    whole = path.read_bytes()
+    with pytest.raises(ModelError, match="another vocabulary"):
+        NGrams.load(path, "another")
+    for data in (b"", b"text", whole[:-1], whole[:100]):
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match="remove it or make it anew"):
+            NGrams.load(path, "v")
+    keys = np.array([5, 4])
+    NGrams(keys, np.zeros((2, 1), np.int64), np.zeros((2, 1), np.uint8), vocabulary="v", size=9).save(path)
+    with pytest.raises(ModelError, match="damaged"):
+        NGrams.load(path, "v")
+    with pytest.raises(LongstrideError, match="remove it or make it anew"):
+        NGrams.load(tmp_path / "none", "v")
+    with pytest.raises(BadInput, match="cannot be written"):
+        some().save(path / "below")
+
+
+def test_a_model_finds_its_own_by_its_weights_and_the_embedded_one_those_that_come_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("LONGSTRIDE_CACHE", str(tmp_path))
+    shipped = tmp_path / "shipped.safetensors"
+    monkeypatch.setattr(models, "EMBEDDED_NGRAMS", shipped)
+
+    def loaded(name, content):
+        return models.find_ngrams(models.PlainModel(name, None, None, content, "v"))
+
+    assert loaded(models.EMBEDDED, "weights") is None  # an installation without them works
+    some(300).save(shipped)
+    assert loaded("folder", "weights") is None
+    assert loaded(models.EMBEDDED, "weights").size == 300
+    some(SIZE).save(models.ngrams_file("weights"))
+    assert loaded("folder", "weights").size == SIZE
+    assert loaded(models.EMBEDDED, "weights").size == SIZE  # what was made here comes first
+    assert loaded("folder", "others") is None
