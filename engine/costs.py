@@ -11,17 +11,17 @@ Floats = npt.NDArray[np.float64]
 
 
 class StepCosts:
-    """Seconds of a forward as once + more than one row + rows + further rows + keys + (row, key) pairs, fitted by least
-    squares of relative errors.
+    """Seconds of a forward as once + more than one row + rows + further rows + further passes + keys + (row, key)
+    pairs, fitted by least squares of relative errors.
 
     The terms are the weights read once, what it costs that there are several rows at all, what each row costs besides,
-    the products of rows beyond the first `free`, the keys and values read once, and the scores. The first rows'
-    products are done while the weights are on their way.
+    the products of rows beyond the first `free`, by row and by pass (up to `free` rows share one over the weights), the
+    keys and values read once, and the scores. The first pass is done while the weights are on their way.
     Older forwards are forgotten with a memory of about `MEMORY`. For what was not tried lately the proportions are a
     guess: one that suits a small model on a CPU, or what was `measured`.
     """
 
-    START = np.array([15.0, 0.3, 0.3, 2.0, 1.8, 0.6])  # ms; see `terms`
+    START = np.array([15.0, 0.3, 0.3, 1.0, 5.0, 1.8, 0.6])  # ms; see `terms`
     WEIGHT = 0.4  # of each guessed point, where an observation has 1; it enters squared
     MEMORY = 64.0
     MOST_ROWS = 96  # forwards that read text say little about drafts
@@ -31,7 +31,9 @@ class StepCosts:
     def __init__(self, free: int = 5) -> None:
         self.free = free
         self._start: Floats = self.START / 1000
-        self._guessed = np.array([self._point(n, n * keys, keys) for keys in (0, 4) for n in (1, 2, free, 3 * free)])
+        self._guessed = np.array(
+            [self._point(n, n * keys, keys) for keys in (0, 4) for n in (1, 2, free, free + 1, 3 * free)]
+        )
         self._seen = -1  # the first forward of a process is slower than all others and says nothing
         self._fitted = 0
         self._scale = 1.0
@@ -41,7 +43,8 @@ class StepCosts:
         self._terms = self._start
 
     def _point(self, rows: int, pairs: float, keys: float) -> list[float]:
-        return [1.0, float(rows > 1), float(rows), float(max(0, rows - self.free)), keys, pairs]
+        beyond, passes = max(0, rows - self.free), (rows - 1) // self.free
+        return [1.0, float(rows > 1), float(rows), float(beyond), float(passes), keys, pairs]
 
     def observe(self, slices: Sequence[Slice], seconds: float) -> None:
         """A forward over `slices` took so long."""
@@ -62,7 +65,8 @@ class StepCosts:
 
     @property
     def terms(self) -> Floats:
-        """Seconds: once, for several rows, a row, a row beyond the free ones, 1,000 keys, a row over 1,000 keys."""
+        """Seconds: once, for several rows, a row, a row beyond the free ones, a pass beyond the first,
+        1,000 keys, a row over 1,000 keys."""
         if self._seen >= self._fitted + (self.ANEW if self._known or self._seen > self.MEMORY else 1):
             start = self.WEIGHT * self._guessed / (self._guessed @ self._start * self._scale)[:, None]
             self._terms = _solved(self._matrix + start.T @ start, self._vector + self.WEIGHT * start.sum(0))
@@ -78,11 +82,17 @@ class StepCosts:
 
     def curve(self, rows: int, keys: int) -> Callable[[int], float]:
         """What a forward of `rows` rows, of which some are of a sequence over `keys` keys, takes in seconds with
-        so many further rows of that sequence. Convex from the first further row on."""
-        once, some, row, beyond, key, pair = (float(term) for term in self.terms)
+        so many further rows of that sequence."""
+        once, some, row, beyond, turn, key, pair = (float(term) for term in self.terms)
         fixed, more = once + row * rows + (key + pair) * keys / 1000, row + pair * keys / 1000
-        room = self.free - rows
-        return lambda further: fixed + some * (rows + further > 1) + more * further + beyond * max(0, further - room)
+        free = self.free
+
+        def cost(further: int) -> float:
+            whole = rows + further
+            later = beyond * max(0, whole - free) + turn * ((whole - 1) // free)
+            return fixed + some * (whole > 1) + more * further + later
+
+        return cost
 
 
 def _solved(matrix: Floats, vector: Floats) -> Floats:

@@ -9,7 +9,7 @@ not, so a probe costs no forward.
 import heapq
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -172,8 +172,8 @@ class Drafter:
         beside: int = 0,
     ) -> Draft:
         """What may follow `tail`: at most `depth` tokens deep (up to DEEPEST) and `most` in all, as many as make the
-        expected tokens a second largest, where a forward with so many drafted tokens takes `cost` (convex from one on)
-        and brings a token to `beside` other texts. A draft without nodes: it does not pay.
+        expected tokens a second largest, where a forward with so many drafted tokens takes `cost` and brings a token to
+        `beside` other texts. A draft without nodes: it does not pay.
         """
         self.said.extend(self._new)
         self._new = []
@@ -201,27 +201,25 @@ class Drafter:
         taken: list[Node] = []
         waiting: list[tuple[float, int, Node]] = []
         tie = count()
+        costs = [cost(further) for further in range(max(2, min(most, MOST_NODES) + 1))]
+        least = min(more - less for less, more in pairwise(costs[1:])) if len(costs) > 2 else 0.0
         expected = 1.0 + beside
+        rate, size = GAIN * expected / costs[0], 0  # the best so far, in tokens for what a forward costs
         node = root
-        # what it costs that there is a draft at all is left to the end, so the first token's step is the second's
-        now, here, there = cost(0), cost(1), cost(2)
         while True:
             for child in self._children(node) if node.depth < depth or node is root else ():
                 heapq.heappush(waiting, (-child.probability, next(tie), child))
             if not waiting or len(taken) == min(most, MOST_NODES) or depth < 1:
                 break
             node = heapq.heappop(waiting)[2]
-            # the next most probable token; when it is not worth its cost, none of the others is
-            if node.probability < LEAST or node.probability * now <= expected * (there - here):
+            # the next most probable token; where it cannot be worth the least that a row costs, none of the others is
+            if node.probability < LEAST or node.probability <= rate * least:
                 break
             taken.append(node)
             expected += node.probability
-            if len(taken) > 1:
-                here, there = there, cost(len(taken) + 1)
-            now = here
-        if expected * cost(0) < GAIN * (1.0 + beside) * now:
-            taken = []
-        return Draft(root, ordered(root, taken), match)
+            if expected > rate * costs[len(taken)]:
+                rate, size = expected / costs[len(taken)], len(taken)
+        return Draft(root, ordered(root, taken[:size]), match)
 
     def _lead(self, longest: Lead | None) -> None:
         """Follow the longest match from now on, if it is long enough and not followed yet."""

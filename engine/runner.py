@@ -84,7 +84,7 @@ class ModelRunner:
 
     def calibrate(self) -> None:
         """Run a few forwards, so that what a step costs here is known before the first draft: one row, two, those that
-        cost little and some more, over nothing and over `CALIBRATION_ROWS` keys."""
+        share a pass over the weights, one more and two passes, over nothing and over `CALIBRATION_ROWS` keys."""
         most = 2 * self.costs.free
         cache = KVCache(self.layout, CALIBRATION_ROWS + most, initial=CALIBRATION_ROWS + most)
         for buffer in (*cache.keys, *cache.values):
@@ -92,7 +92,7 @@ class ModelRunner:
         taken: dict[tuple[int, int], list[float]] = {}
         for _ in range(6):
             for row in (0, max(0, min(CALIBRATION_ROWS, self.max_positions - most))):
-                for new in (1, 2, self.costs.free, most):
+                for new in (1, 2, self.costs.free, self.costs.free + 1, most):
                     started = time.perf_counter()
                     self.forward([Slice(cache, [0] * new, range(row, row + new), row, logits=new)])
                     taken.setdefault((new, row + new), []).append(time.perf_counter() - started)
