@@ -103,7 +103,7 @@ adapter-anchors: $(VENV)/installed-test
 
 # The n-grams that come with the embedded model, from answers to questions about the same texts.
 ngrams: $(VENV)/installed-test
-	$(BIN)/longstride tune ngrams --dtype fp32 --tokens 250000 --work $(WORK)/ngrams $(CORPORA) \
+	$(BIN)/longstride tune ngrams --dtype fp32 --tokens 150000 --work $(WORK)/ngrams $(CORPORA) \
 	    --corpus $(DATA)/books/pg2701_moby_dick_or_the_whale.txt --corpus $(DATA)/books/pg84_frankenstein.txt \
 	    --out engine/data/smollm2-ngrams.safetensors
 
