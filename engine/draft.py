@@ -9,11 +9,11 @@ not, so a probe costs no forward.
 import heapq
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import count
 
 import numpy as np
 
-from longstride.engine.history import GAP, WINDOW, History, hashes
+from longstride.engine.history import GAP, WINDOW, History, last_hashes
 from longstride.engine.ngrams import NONE, NGrams
 
 MOST_NODES = 48
@@ -38,12 +38,13 @@ class Rates:
     EDGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # from each to the next
     EXACT = (0.05, 0.1, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.95, 0.98)
     STEP = (0.15, 0.65, 0.8, 0.85, 0.85, 0.85, 0.9, 0.9, 0.9, 0.95, 0.98)
+    TENDENCY = 0.3  # a log is not written as answers are; where they fit, that is soon found out
     NGRAMS = len(EXACT) + len(STEP)
     WEIGHT = 6.0
     MEMORY = 128.0
 
     def __init__(self) -> None:
-        start = (*self.EXACT, *self.STEP, 1.0)
+        start = (*self.EXACT, *self.STEP, self.TENDENCY)
         self._right = [self.WEIGHT * rate for rate in start]
         self._seen = [self.WEIGHT] * len(start)
         exact = [
@@ -180,7 +181,7 @@ class Drafter:
         depth = min(depth, DEEPEST)
         found: list[Place] = []
         longest: Lead | None = None
-        keys = hashes(np.asarray(tail[-WINDOW:], np.int32))
+        keys = last_hashes(tail)
         for history in (self.view, self.said, self.read):
             places, lengths = history.matches(tail, keys)
             if not len(places):
@@ -201,19 +202,19 @@ class Drafter:
         taken: list[Node] = []
         waiting: list[tuple[float, int, Node]] = []
         tie = count()
-        costs = [cost(further) for further in range(max(2, min(most, MOST_NODES) + 1))]
-        least = min(more - less for less, more in pairwise(costs[1:])) if len(costs) > 2 else 0.0
+        most = min(most, MOST_NODES) if depth > 0 else 0
+        costs = [cost(further) for further in range(most + 1)]
         expected = 1.0 + beside
         rate, size = GAIN * expected / costs[0], 0  # the best so far, in tokens for what a forward costs
         node = root
         while True:
             for child in self._children(node) if node.depth < depth or node is root else ():
                 heapq.heappush(waiting, (-child.probability, next(tie), child))
-            if not waiting or len(taken) == min(most, MOST_NODES) or depth < 1:
+            if not waiting or len(taken) == most:
                 break
             node = heapq.heappop(waiting)[2]
-            # the next most probable token; where it cannot be worth the least that a row costs, none of the others is
-            if node.probability < LEAST or node.probability <= rate * least:
+            # the next most probable token: no other is more so, so it may be known that all of them cannot pay
+            if node.probability < LEAST or not _pays(node.probability, expected, rate, costs[len(taken) + 1 :]):
                 break
             taken.append(node)
             expected += node.probability
@@ -285,6 +286,11 @@ class Drafter:
             self.rates.observe(kind, right=right, promised=promised)
             if right:
                 break
+
+
+def _pays(probability: float, expected: float, rate: float, costs: Sequence[float]) -> bool:
+    """Whether further tokens, each of at most `probability`, may bring more than `rate`; `costs` of one more, two ..."""
+    return any(expected + number * probability > rate * cost for number, cost in enumerate(costs, 1))
 
 
 def ordered(root: Node, taken: list[Node]) -> list[Node]:

@@ -10,6 +10,7 @@ Hashes = npt.NDArray[np.uint64]
 WINDOW = 32  # a match longer than this is as good as this
 LEVELS = (1, 2, 4, 8, 16)  # tokens that are hashed together
 CHAIN = 16  # occurrences looked at, a level
+PLACES = 6  # matches told of: more of them, shorter and older ones, foretell worse (measured on logs and summaries)
 GAP = -1  # stands between texts that do not continue one another
 SMALL = 10  # bits of the smallest hash table
 FEW = 12  # ids that are entered one by one
@@ -29,6 +30,24 @@ def hashes(ids: npt.NDArray[np.int32]) -> list[Hashes]:
             width *= 2
         found.append((now ^ (now >> np.uint64(32))) * np.uint64(MIX[0]))
     return found
+
+
+def few_hashes(ids: Sequence[int]) -> list[list[int]]:
+    """`hashes` in plain integers: for a few ids, arrays cost more than what they hold."""
+    now = [(id_ + 2) * MIX[0] & WHOLE for id_ in ids]
+    width, found = 1, []
+    for level in LEVELS:
+        while width < level:
+            pairs = zip(now[width:], now, strict=False)
+            now = [(later * MIX[1] + (earlier ^ earlier >> 29)) & WHOLE for later, earlier in pairs]
+            width *= 2
+        found.append([(hash_ ^ hash_ >> 32) * MIX[0] & WHOLE for hash_ in now])
+    return found
+
+
+def last_hashes(tail: Sequence[int]) -> list[int]:
+    """For each level that `tail` is long enough for, the hash of its last k ids."""
+    return [found[-1] for found in few_hashes(tail[-LEVELS[-1] :]) if found]
 
 
 class History:
@@ -97,26 +116,20 @@ class History:
             latest[slots] = places  # of equal slots the last assignment stands
 
     def _chain_few(self, start: int, ids: list[int]) -> None:
-        """Enter the last of `ids`, in plain integers: for a few, arrays cost more than what they hold."""
-        now = [(id_ + 2) * MIX[0] & WHOLE for id_ in ids]
-        width = 1
-        for level, length in enumerate(LEVELS):
-            while width < length:
-                pairs = zip(now[width:], now, strict=False)
-                now = [(later * MIX[1] + (earlier ^ earlier >> 29)) & WHOLE for later, earlier in pairs]
-                width *= 2
+        """Enter the last of `ids`."""
+        for level, found in enumerate(few_hashes(ids)):
             before, latest = self._before[level], self._latest[level]
-            for place, hash_ in enumerate(now[start - self.size :], start):
-                slot = ((hash_ ^ hash_ >> 32) * MIX[0] & WHOLE) >> (64 - self._bits)
+            for place, hash_ in enumerate(found[start - self.size :], start):
+                slot = hash_ >> (64 - self._bits)
                 before[place] = latest[slot]
                 latest[slot] = place
 
     def _slots(self, found: Hashes) -> Ints:
         return (found >> np.uint64(64 - self._bits)).astype(np.int64)
 
-    def matches(self, tail: Sequence[int], found: Sequence[Hashes] | None = None) -> tuple[Ints, Ints]:
-        """Where the end of `tail` occurs, longest first and then latest first: (place after it, length up to WINDOW).
-        `found`: its `hashes`, where they are at hand.
+    def matches(self, tail: Sequence[int], keys: Sequence[int] | None = None) -> tuple[Ints, Ints]:
+        """Where the end of `tail` occurs, longest first and then latest first, at most PLACES: (place after it, length
+        up to WINDOW). `keys`: `last_hashes`, where they are at hand.
 
         Occurrences at the very end, which nothing follows, are left out; at most `CHAIN` are looked at for each level,
         so a match of k tokens for any k of `LEVELS` is found if there is one.
@@ -124,12 +137,10 @@ class History:
         if not self.size:
             return NOWHERE, NOWHERE
         wanted = np.asarray(tail[-WINDOW:], np.int32)
-        found = hashes(wanted) if found is None else found
+        keys = last_hashes(tail) if keys is None else keys
         places: dict[int, None] = {}
-        for level in range(len(LEVELS) - 1, -1, -1):
-            if not len(found[level]):
-                continue
-            before, place = self._before[level], int(self._latest[level, int(found[level][-1]) >> (64 - self._bits)])
+        for level in range(len(keys) - 1, -1, -1):
+            before, place = self._before[level], int(self._latest[level, keys[level] >> (64 - self._bits)])
             for _ in range(CHAIN):
                 if place < 0:
                     break
@@ -142,7 +153,7 @@ class History:
         same = (self._ids[np.maximum(back, 0)] == wanted[::-1]) & (back >= 0)
         lengths = np.where(same.all(1), len(wanted), np.argmin(same, 1))
         order = np.lexsort((-ends, -lengths))
-        order = order[lengths[order] >= LEVELS[0]]
+        order = order[lengths[order] >= LEVELS[0]][:PLACES]
         return ends[order] + 1, lengths[order]
 
     def continuations(self, places: Ints, count: int, *, live: bool) -> npt.NDArray[np.int32]:

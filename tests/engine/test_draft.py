@@ -195,7 +195,8 @@ def test_what_no_text_foretells_the_model_may():
     drafter = Drafter(ngrams)
     draft = drafter.propose([3, 4, 5], 4, CHEAP)
     assert paths(draft) == [[8], [8, 1]]  # the pair says more than its last token; a chance of 0 is none
-    assert [node.probability for node in draft.nodes] == pytest.approx([200 / 255, 200 / 255 * 250 / 255])
+    first, then = 200 / 255 * Rates.TENDENCY, 250 / 255 * Rates.TENDENCY
+    assert [node.probability for node in draft.nodes] == pytest.approx([first, first * then])
     assert paths(drafter.propose([4, 4, 5], 1, CHEAP)) == [[8]]
     assert paths(drafter.propose([3, 3, 5], 1, CHEAP)) == [[6], [7]]
     assert paths(drafter.propose([5], 1, CHEAP)) == [[6], [7]]
@@ -209,7 +210,7 @@ def test_the_texts_come_first_and_the_model_has_what_they_leave():
     assert list(root.children) == [30, 6]
     right = drafter.rates[drafter.rates.kinds(5, 1, step=False)[0]]
     assert root.children[30].probability == pytest.approx(right)
-    assert root.children[6].probability == pytest.approx((1 - right) * 100 / 255)
+    assert root.children[6].probability == pytest.approx((1 - right) * 100 / 255 * Rates.TENDENCY)
 
 
 def test_the_models_chances_are_believed_as_far_as_they_hold():
