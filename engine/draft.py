@@ -289,7 +289,7 @@ class Drafter:
 
 
 def _pays(probability: float, expected: float, rate: float, costs: Sequence[float]) -> bool:
-    """Whether further tokens, each of at most `probability`, may bring more than `rate`; `costs` of one more, two ..."""
+    """Whether further tokens of at most `probability` each may bring more than `rate`; `costs`: with one more, two ..."""
     return any(expected + number * probability > rate * cost for number, cost in enumerate(costs, 1))
 
 
