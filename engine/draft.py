@@ -289,7 +289,7 @@ class Drafter:
 
 
 def _pays(probability: float, expected: float, rate: float, costs: Sequence[float]) -> bool:
-    """Whether further tokens of at most `probability` each may bring more than `rate`; `costs`: with one more, two ..."""
+    """Whether further tokens of at most `probability` each may bring more than `rate`; `costs`: with one more, ..."""
     return any(expected + number * probability > rate * cost for number, cost in enumerate(costs, 1))
 
 
