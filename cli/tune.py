@@ -188,7 +188,7 @@ def ngrams(
         console=c.err, transient=True,
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=tokens)
-        taken = answers.take(tokens, lambda count: progress.update(task, completed=count))
+        taken = answers.take(tokens, lambda count: progress.update(task, completed=min(count, tokens)))
     size = loaded.runner.vocab_size
     found = counted(taken, map(loaded.tokenizer.encode, (d.body for d in documents)), loaded.vocabulary, size)
     found.save(to)

@@ -79,6 +79,8 @@ class NGrams:
             ) from error
         if own != vocabulary:
             raise ModelError(f"{path} is of a model with another vocabulary; remove it or make it anew")
-        if not len(keys) == len(tokens) == len(chances) or tokens.shape != chances.shape or (np.diff(keys) <= 0).any():
+        whole = keys.ndim == 1 and tokens.ndim == 2 and tokens.shape == chances.shape == (len(keys), tokens.shape[1])
+        # an id that the model does not have would only be noticed in the middle of an answer
+        if not whole or (np.diff(keys) <= 0).any() or (tokens >= size).any():
             raise ModelError(f"{path} is damaged; remove it or make it anew")
         return cls(keys, tokens, chances, vocabulary=vocabulary, size=size)

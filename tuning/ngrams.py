@@ -227,7 +227,7 @@ def counted(answers: Iterable[Answer], texts: Iterable[Sequence[int]], vocabular
     columns = np.array(flat, np.float64).reshape(-1, 4).T
     before, last, token = columns[:3].astype(np.int64)
     single, pairs = observations(before, last, token, columns[3], size)
-    ids = np.array([i for text in texts for i in (*text, NONE)], np.int64)
+    ids = np.concatenate([np.array([NONE]), *(np.array([*text, NONE]) for text in texts)])
     before, last, token = ids[:-2], ids[1:-1], ids[2:]
     whole = (last != NONE) & (token != NONE)
     told = observations(before[whole], last[whole], token[whole], np.ones(int(whole.sum())), size)

@@ -39,10 +39,16 @@ def test_a_file_that_is_none_is_refused(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ModelError, match="remove it or make it anew"):
             NGrams.load(path, "v")
-    keys = np.array([5, 4])
-    NGrams(keys, np.zeros((2, 1), np.int64), np.zeros((2, 1), np.uint8), vocabulary="v", size=9).save(path)
-    with pytest.raises(ModelError, match="damaged"):
-        NGrams.load(path, "v")
+    one, none = np.zeros((2, 1), np.int64), np.zeros((2, 1), np.uint8)
+    for keys, tokens, chances in (
+        ([5, 4], one, none),
+        ([4, 5], one + 9, none),
+        ([4, 5], one, none[:1]),
+        ([4], one, none),
+    ):
+        NGrams(np.array(keys), tokens, chances, vocabulary="v", size=9).save(path)
+        with pytest.raises(ModelError, match="damaged"):
+            NGrams.load(path, "v")
     with pytest.raises(LongstrideError, match="remove it or make it anew"):
         NGrams.load(tmp_path / "none", "v")
     with pytest.raises(BadInput, match="cannot be written"):
