@@ -8,7 +8,12 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 
 # one build for each kind of processor that has something to gain from it; which one runs is decided when it is loaded
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
-BUILDS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "bf16": [*AVX512, "-mavx512bf16"]}
+BUILDS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "bf16_fp32": AVX512,
+    "bf16": [*AVX512, "-mavx512bf16"],
+}
 
 setup(
     ext_modules=[

@@ -25,12 +25,13 @@ def run(db: c.Db = None, json: c.Json = False) -> None:
     settings = load_settings(**c.given(db=db))
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    layer = native.library(dtype) if device.type == "cpu" else None
     facts: dict[str, str] = {
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
         **package_versions("torch", "transformers", "peft", "bm25s", "sqlite-utils"),
         "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "compiled layer": ", ".join(one.name for one in native.LIBRARIES) or "none (torch's operations are used)",
+        "compiled layer": layer.name if layer is not None else "none (torch's operations are used)",
         "device": str(device),
         "dtype": next(name for name, kind in DTYPES.items() if kind == dtype),
         "cache": str(cache_folder()),

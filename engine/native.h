@@ -5,11 +5,11 @@ hundreds of small kernels, and products that are made for many rows). Here a lay
 rotary positions, attention over what each slice sees, gated MLP. engine/native.py packs the weights and says which layers
 qualify; engine/fuse.py has the same layer in torch's operations, which tests hold this one to.
 
-In fp32 weights are fp16, everything else is fp32. In bf16 weights, keys, values and what goes into a product are bf16; sums,
-norms, softmax and what passes from layer to layer are fp32.
+In fp32 weights are fp16, everything else is fp32. In bf16 weights, keys and values are bf16; paired also what goes into a
+product, which takes two at a time then; everything else is fp32.
 
 All products are of one kind, attention's too: rows of input times a panel. A cell is what one lane multiplies at a time: a
-number in fp32, two in bf16. A panel is PANEL outputs side by side, for each cell of their inputs in turn:
+number, or two where products are paired. A panel is PANEL outputs side by side, for each cell of their inputs in turn:
 [outputs / PANEL][cells][PANEL]. Keys and values are brought into panels chunk by chunk, on the way to the second-level cache.
 
 A row's sums are added in the same order however many rows share the call, so a token is computed as it would be alone
@@ -40,14 +40,19 @@ typedef __m256 Vector;
 #define V(name) _mm256_##name##_ps
 #endif
 
-#if BF16
-typedef uint16_t Number;
+#if PAIRED
+typedef uint16_t Number; /* what goes into a product */
 typedef float Weight; /* a cell, whatever its bits mean */
 #define PAIR 2
 #else
 typedef float Number;
-typedef uint16_t Weight; /* fp16 */
+typedef uint16_t Weight; /* fp16, or bf16 */
 #define PAIR 1
+#endif
+#if BF16
+typedef uint16_t Kept; /* a number of the cache */
+#else
+typedef float Kept;
 #endif
 
 typedef struct {
@@ -62,7 +67,7 @@ typedef struct {
     int32_t n, row, ranges, capacity, width; /* new tokens; their first row; visible ranges; rows a head; mask columns */
     const int32_t *range;                    /* from, to, from, to ... of earlier rows */
     const float *mask;                       /* [n, width], added for the last keys; null: causal among the new tokens */
-    Number *const *buffers;                  /* each layer's keys and values [kv_heads, capacity, size] */
+    Kept *const *buffers;                    /* each layer's keys and values [kv_heads, capacity, size] */
 } Slice;
 
 /* What an adapter adds to a product: the input times `down`, times `up`, both panels of cells; rank: in whole panels, or 0;
@@ -158,7 +163,7 @@ static void transpose(Vector *r) {
 /* e^x for x <= 88, by 2^n times a polynomial. */
 static inline Vector exponential(Vector x) {
     x = V(max)(x, V(set1)(-87.0f));
-#if BF16 /* 2^f on [-1/2, 1/2], its coefficients by least squares of the relative error, which is 3e-6 */
+#if PAIRED /* 2^f on [-1/2, 1/2], its coefficients by least squares of the relative error, which is 3e-6 */
     Vector y = V(mul)(x, V(set1)(1.44269504f)), n = rounded(y), f = V(sub)(y, n);
     Vector p = V(fmadd)(V(set1)(9.57009e-3f), f, V(set1)(5.591786e-2f));
     p = V(fmadd)(p, f, V(set1)(2.4024745e-1f));
@@ -194,18 +199,39 @@ static inline float largest_of(Vector x) {
 
 /* --- numbers and cells --- */
 
+#if LANES == 16
+#define FIRST(count) ((__mmask16)((1u << least(count, 16)) - 1))
+#endif
 #if BF16
-static inline void put(Number *to, Vector x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
-static inline void put_some(Number *to, Vector x, long count) {
-    _mm256_mask_storeu_epi16(to, (__mmask16)((1u << least(count, 16)) - 1), (__m256i)_mm512_cvtneps_pbh(x));
+static inline Vector widened(__m256i x) { return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+static inline Vector kept_at(const Kept *x, long count) { return widened(_mm256_maskz_loadu_epi16(FIRST(count), x)); }
+#else
+static inline Vector kept_at(const Kept *x, long count) { return some(x, count); }
+#endif
+#if BF16 && !PAIRED
+static inline __m256i narrowed(Vector x) { /* to the nearest, to even where two are; what is no number stays none */
+    __m512i bits = (__m512i)x, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    near = _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(near, 16));
 }
+#elif BF16
+static inline __m256i narrowed(Vector x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+#endif
+#if BF16
+static inline void keep_some(Kept *to, Vector x, long count) { _mm256_mask_storeu_epi16(to, FIRST(count), narrowed(x)); }
+#endif
+
+#if PAIRED
+static inline void put(Number *to, Vector x) { _mm256_storeu_si256((__m256i *)to, narrowed(x)); }
+static inline void put_some(Number *to, Vector x, long count) { keep_some(to, x, count); }
 static inline Vector dot(Vector sum, Vector x, Vector y) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
 static inline Vector weights_at(const Weight *panel) { return _mm512_loadu_ps(panel); }
 #else
 static inline void put(Number *to, Vector x) { V(storeu)(to, x); }
 static inline void put_some(Number *to, Vector x, long count) {
 #if LANES == 16
-    _mm512_mask_storeu_ps(to, (__mmask16)((1u << least(count, 16)) - 1), x);
+    _mm512_mask_storeu_ps(to, FIRST(count), x);
 #else
     (void)count;
     V(storeu)(to, x);
@@ -213,18 +239,26 @@ static inline void put_some(Number *to, Vector x, long count) {
 }
 static inline Vector dot(Vector sum, Vector x, Vector y) { return V(fmadd)(x, y, sum); }
 static inline Vector weights_at(const Weight *panel) {
-#if LANES == 16
+#if BF16
+    return widened(_mm256_loadu_si256((const __m256i *)panel));
+#elif LANES == 16
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)panel));
 #else
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)panel));
 #endif
 }
 #endif
+#if !BF16
+static inline void keep_some(Kept *to, Vector x, long count) { put_some(to, x, count); }
+#endif
 
 static inline Vector cells_at(const float *panel) { return V(loadu)(panel); }
 
 static void put_all(Number *to, const float *x, long count) {
     for (long i = 0; i < count; i += LANES) put_some(to + i, some(x + i, count - i), count - i);
+}
+static void keep_all(Kept *to, const float *x, long count) {
+    for (long i = 0; i < count; i += LANES) keep_some(to + i, some(x + i, count - i), count - i);
 }
 
 /* --- products --- */
@@ -373,14 +407,12 @@ static inline void gated(const float *gate, const float *up, Number *out) {
 }
 
 /* A head [size] rotated by its token's angles: x1 cos - x2 sin, x2 cos + x1 sin, for the halves x1 and x2; and scaled. */
-static void rotate(const float *x, const float *cosine, const float *sine, int size, float scale, Number *out) {
-    float turned[MOST];
+static void rotate(const float *x, const float *cosine, const float *sine, int size, float scale, float *turned) {
     int half = size / 2;
     for (int i = 0; i < half; i++) {
         turned[i] = (x[i] * cosine[i] - x[i + half] * sine[i]) * scale;
         turned[i + half] = (x[i + half] * cosine[i + half] + x[i] * sine[i + half]) * scale;
     }
-    put_all(out, turned, size);
 }
 
 /* --- attention --- */
@@ -436,24 +468,30 @@ static void rows_of(const Slice *slice, long from, long to, int32_t *rows) {
 }
 
 /* Have what comes next on its way: keys, and the values that are wanted when all keys are done. */
-static INLINE void fetch(const Number *keys, const Number *values, const int32_t *rows, long k, long count, long size) {
+static INLINE void fetch(const Kept *keys, const Kept *values, const int32_t *rows, long k, long count, long size) {
     for (long i = k; i < least(k + LANES, count); i++)
-        for (long at = 0; at < size; at += 64 / (long)sizeof(Number)) {
+        for (long at = 0; at < size; at += 64 / (long)sizeof(Kept)) {
             _mm_prefetch((const char *)(keys + rows[least(i + KEYS_AHEAD, count - 1)] * size + at), _MM_HINT_T0);
             _mm_prefetch((const char *)(values + rows[i] * size + at), _MM_HINT_T0);
         }
 }
 
 /* LANES keys' cells from c on, one below the other; zeros behind the last key. */
-static INLINE void cells_of(const Number *keys, const int32_t *rows, long count, long size, long c, Vector *block) {
-    for (int i = 0; i < LANES; i++)
-        block[i] = i < count ? some((const float *)(keys + rows[i] * size) + c, size / PAIR - c) : V(setzero)();
+static INLINE void cells_of(const Kept *keys, const int32_t *rows, long count, long size, long c, Vector *block) {
+    for (int i = 0; i < LANES; i++) {
+        if (i >= count) block[i] = V(setzero)();
+#if PAIRED
+        else block[i] = some((const float *)(keys + rows[i] * size) + c, size / PAIR - c);
+#else
+        else block[i] = kept_at(keys + rows[i] * size + c, size - c);
+#endif
+    }
     transpose(block);
 }
 
-/* PANEL columns of values as cells, `left` of them there: in bf16 those of two keys (the other may be missing). */
-static INLINE void columns_of(const Number *one, const Number *other, long left, Vector *low, Vector *high) {
-#if BF16
+/* PANEL columns of values as cells, `left` of them there: paired those of two keys (the other may be missing). */
+static INLINE void columns_of(const Kept *one, const Kept *other, long left, Vector *low, Vector *high) {
+#if PAIRED
     __mmask32 mask = left < 32 ? (1u << left) - 1 : ~0u;
     __m512i a = _mm512_maskz_loadu_epi16(mask, one);
     __m512i b = other ? _mm512_maskz_loadu_epi16(mask, other) : _mm512_setzero_si512();
@@ -463,17 +501,17 @@ static INLINE void columns_of(const Number *one, const Number *other, long left,
     *high = (Vector)_mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b);
 #else
     (void)other;
-    *low = some(one, left);
-    *high = left > LANES ? some(one + LANES, left - LANES) : V(setzero)();
+    *low = kept_at(one, left);
+    *high = left > LANES ? kept_at(one + LANES, left - LANES) : V(setzero)();
 #endif
 }
 
-static INLINE const Number *other_of(const Number *values, const int32_t *rows, long k, long count, long size) {
+static INLINE const Kept *other_of(const Kept *values, const int32_t *rows, long k, long count, long size) {
     return PAIR == 2 && k + 1 < count ? values + rows[k + 1] * size : 0;
 }
 
 /* Keys [*, size] as panels of keys: their cells one below the other. Their values are wanted next. */
-static INLINE void pack_keys(const Number *keys, const Number *values, const int32_t *rows, long count, long size,
+static INLINE void pack_keys(const Kept *keys, const Kept *values, const int32_t *rows, long count, long size,
                              float *panels) {
     long cells = size / PAIR;
     for (long k = 0; k < count; k += LANES) {
@@ -487,11 +525,11 @@ static INLINE void pack_keys(const Number *keys, const Number *values, const int
     }
 }
 
-/* Values [*, size] as panels of columns: a cell is a value, in bf16 that of a key and of the next. */
-static INLINE void pack_values(const Number *values, const int32_t *rows, long count, long size, float *panels) {
+/* Values [*, size] as panels of columns: a cell is a value, paired that of a key and of the next. */
+static INLINE void pack_values(const Kept *values, const int32_t *rows, long count, long size, float *panels) {
     for (long column = 0; column < size; column += PANEL)
         for (long k = 0; k < count; k += PAIR, panels += PANEL) {
-            const Number *other = other_of(values, rows, k, count, size);
+            const Kept *other = other_of(values, rows, k, count, size);
             Vector low, high;
             columns_of(values + rows[k] * size + column, other ? other + column : 0, size - column, &low, &high);
             V(storeu)(panels, low);
@@ -500,7 +538,7 @@ static INLINE void pack_values(const Number *values, const int32_t *rows, long c
 }
 
 /* For a row or a few panels are not worth making: the same sums in the same order without them. */
-static INLINE void score_few(int R, const Number *keys, const Number *values, const int32_t *rows, long count, long size,
+static INLINE void score_few(int R, const Kept *keys, const Kept *values, const int32_t *rows, long count, long size,
                              const float *query, float *scores) {
     long cells = size / PAIR;
     for (long k = 0; k < count; k += LANES) {
@@ -541,7 +579,8 @@ static void weigh(const Slice *slice, long token, long past, long from, long to,
 
 /* Query rows [rows, size] of one KV head, scaled, before some keys and values. */
 typedef struct {
-    const Number *keys, *values, *query;
+    const Kept *keys, *values;
+    const Number *query;
     const int32_t *seen; /* the keys' rows in the cache */
     long rows, count;
     float *scores, *part;
@@ -571,7 +610,7 @@ static void weigh_all(const Attention *a, const Sight *s) {
 }
 
 static INLINE void weigh_few(int R, long size, const Attention *a) {
-    const Number *values = a->values;
+    const Kept *values = a->values;
     const int32_t *rows = a->seen;
     const float *weights = a->scores;
     float *out = a->part;
@@ -582,7 +621,7 @@ static INLINE void weigh_few(int R, long size, const Attention *a) {
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < 2 * span; v++) sums[r][v] = V(setzero)();
         for (long k = 0; k < count; k += PAIR) {
             if (column == 0) fetch_soon(a, k / PAIR, up(count, PAIR));
-            const Number *one = values + rows[k] * size, *other = other_of(values, rows, k, count, size);
+            const Kept *one = values + rows[k] * size, *other = other_of(values, rows, k, count, size);
             UNROLL for (int p = 0; p < span; p++) {
                 long at = column + p * PANEL;
                 if (at >= size) break;
@@ -660,8 +699,8 @@ static void attend(const Layer *layer, const Task *task, const Task *next, const
     const Tile *tile = task->tile;
     const Slice *slice = tile->slice;
     long size = layer->size, group = layer->heads / layer->kv_heads, from = task->from, to = task->to;
-    const Number *keys = slice->buffers[2 * layer->index] + start_of(layer, task);
-    const Number *values = slice->buffers[2 * layer->index + 1] + start_of(layer, task);
+    const Kept *keys = slice->buffers[2 * layer->index] + start_of(layer, task);
+    const Kept *values = slice->buffers[2 * layer->index + 1] + start_of(layer, task);
     int32_t seen[CHUNK];
     rows_of(slice, from, to, seen);
     Attention a = {keys, values, query, seen, tile->tokens * group, to - from, own, part, part_size(layer), 0, 0};
@@ -669,7 +708,7 @@ static void attend(const Layer *layer, const Task *task, const Task *next, const
         int32_t first;
         rows_of(next->tile->slice, next->from, next->from + 1, &first);
         a.soon = (const char *)(next->tile->slice->buffers[2 * layer->index] + start_of(layer, next) + first * size);
-        a.lines = (next->to - next->from) * size * (long)sizeof(Number) / 64;
+        a.lines = (next->to - next->from) * size * (long)sizeof(Kept) / 64;
     }
     Sight s = {slice, tile->first, group, earlier(slice), from, to};
     if (size == 64) attend_sized(64, &a, &s, own + panels_at(layer)); /* the widespread size, with its loops unrolled */
@@ -738,15 +777,18 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) {
         const float *own = qkv + r * width, *turn = cosine + r * size, *angle = sine + r * size;
+        float turned[MOST];
         long s = 0, token = r;
         while (token >= slices[s].n) token -= slices[s++].n;
-        for (long h = 0; h < heads; h++)
-            rotate(own + h * size, turn, angle, (int)size, layer->scaling,
-                   query + ((h / group * rows + r) * group + h % group) * size);
+        for (long h = 0; h < heads; h++) {
+            rotate(own + h * size, turn, angle, (int)size, layer->scaling, turned);
+            put_all(query + ((h / group * rows + r) * group + h % group) * size, turned, size);
+        }
         for (long h = 0; h < kv; h++) {
             long at = (h * slices[s].capacity + slices[s].row + token) * size;
-            rotate(own + (heads + h) * size, turn, angle, (int)size, 1.0f, slices[s].buffers[2 * layer->index] + at);
-            put_all(slices[s].buffers[2 * layer->index + 1] + at, own + (heads + kv + h) * size, size);
+            rotate(own + (heads + h) * size, turn, angle, (int)size, 1.0f, turned);
+            keep_all(slices[s].buffers[2 * layer->index] + at, turned, size);
+            keep_all(slices[s].buffers[2 * layer->index + 1] + at, own + (heads + kv + h) * size, size);
         }
     }
     long tasks = tiles[many].task, threads = omp_get_num_threads();

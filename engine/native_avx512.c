@@ -1,5 +1,6 @@
 /* fp32 for CPUs with AVX-512: 16 numbers a register, 32 registers. */
 #define LANES 16
 #define BF16 0
+#define PAIRED 0
 #define ROWS 12
 #include "native.h"

@@ -32,14 +32,14 @@ def test_one_that_cannot_be_loaded_is_told_and_done_without(monkeypatch, caplog)
         raise OSError("undefined symbol: GOMP_parallel")
 
     monkeypatch.setattr(native.ctypes, "CDLL", refuse)
-    assert native._load("avx2", torch.float32, 16, 6, ("avx2",)) is None
+    assert native._load("avx2", torch.float32, torch.float32, 16, 6, ("avx2",)) is None
     assert "undefined symbol: GOMP_parallel" in caplog.text
 
 
 def test_a_build_for_other_processors_is_not_taken(monkeypatch):
     monkeypatch.setattr(native.torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True})
-    assert native._load("avx2", torch.float32, 16, 6, ("avx2",)) is not None
-    assert native._load("avx512", torch.float32, 32, 12, ("avx512_f", "avx512_bw")) is None
+    assert native._load("avx2", torch.float32, torch.float32, 16, 6, ("avx2",)) is not None
+    assert native._load("avx512", torch.float32, torch.float32, 32, 12, ("avx512_f", "avx512_bw")) is None
 
 
 def halved(*shape, seed=0):
@@ -98,6 +98,35 @@ def test_a_product_is_that_of_torch(library, outputs, rows, bias):
     assert found.shape == (1, rows, outputs)
     apart = x.expand(2, -1, -1).transpose(0, 1)[:, 0]  # not contiguous
     torch.testing.assert_close(product(apart), found[0], atol=0, rtol=0)
+
+
+def test_the_fastest_build_of_a_dtype_is_taken(monkeypatch):
+    fast, slow, other = (object.__new__(native.Library) for _ in range(3))
+    for one, dtype in ((fast, torch.bfloat16), (slow, torch.bfloat16), (other, torch.float32)):
+        object.__setattr__(one, "dtype", dtype)
+    seconds = {id(fast): 1.0, id(slow): 2.0, id(other): 0.5}
+    monkeypatch.setattr(native, "_seconds", lambda one: seconds[id(one)])
+    for libraries in ((fast, slow, other), (other, slow, fast)):
+        monkeypatch.setattr(native, "LIBRARIES", libraries)
+        assert native.library(torch.bfloat16) is fast
+        assert native.library(torch.float32) is other
+    assert native.library(torch.float16) is None
+
+
+def test_a_build_is_as_fast_as_its_products(library):
+    assert 0 < native._seconds(library) < 1
+
+
+def test_values_are_kept_as_torch_rounds_them(library, exact):
+    """The first layer's: where a product is computed in fp32, what is rounded is the same but for the order of sums."""
+    model, ids = built(library), tokens(40)
+    ours, theirs = KVCache(model.layout, 64), KVCache(exact.layout, 64)
+    for runner, cache in ((model, ours), (exact, theirs)):
+        runner.forward([Slice(cache, ids, range(40), 0, logits=1)])
+    found, expected = ours.values[0][:, :40], theirs.values[0][:, :40].to(library.dtype)
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+    if library.dtype != library.number:
+        assert (found == expected).float().mean() > 0.97
 
 
 def test_a_row_of_a_product_does_not_depend_on_the_others(library):

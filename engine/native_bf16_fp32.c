@@ -1,0 +1,6 @@
+/* bf16 for CPUs with AVX-512: kept so, multiplied in fp32, which some that have AVX512-BF16 do twice as fast. */
+#define LANES 16
+#define BF16 1
+#define PAIRED 0
+#define ROWS 12
+#include "native.h"
