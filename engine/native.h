@@ -28,7 +28,7 @@ A row's sums are added in the same order however many rows share the call, so a 
 #define TILE 48           /* tokens that one task of attention is about */
 #define CHUNK 512         /* keys that one task of attention looks at */
 #define MOST 256          /* the largest size of a head */
-#define UNROLL _Pragma("GCC unroll 16") /* or sums live in memory and not in registers */
+#define UNROLL _Pragma("GCC unroll 32") /* or sums live in memory and not in registers */
 #define EXPORT __attribute__((visibility("default")))
 /* ROWS, from the including file: rows of input that share a pass over a panel; their sums fill the registers */
 
@@ -163,7 +163,7 @@ static void transpose(Vector *r) {
 /* e^x for x <= 88, by 2^n times a polynomial. */
 static inline Vector exponential(Vector x) {
     x = V(max)(x, V(set1)(-87.0f));
-#if PAIRED /* 2^f on [-1/2, 1/2], its coefficients by least squares of the relative error, which is 3e-6 */
+#if BF16 /* 2^f on [-1/2, 1/2], its coefficients by least squares of the relative error, which is 3e-6 */
     Vector y = V(mul)(x, V(set1)(1.44269504f)), n = rounded(y), f = V(sub)(y, n);
     Vector p = V(fmadd)(V(set1)(9.57009e-3f), f, V(set1)(5.591786e-2f));
     p = V(fmadd)(p, f, V(set1)(2.4024745e-1f));
@@ -183,19 +183,19 @@ static inline Vector exponential(Vector x) {
 #endif
 }
 
-static inline float sum_of(Vector x) {
-    float lanes[LANES], sum = 0.0f;
-    V(storeu)(lanes, x);
-    for (int i = 0; i < LANES; i++) sum += lanes[i];
-    return sum;
-}
-
-static inline float largest_of(Vector x) {
-    float lanes[LANES], most = -INFINITY;
-    V(storeu)(lanes, x);
-    for (int i = 0; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
-    return most;
-}
+#if LANES == 16
+static inline float sum_of(Vector x) { return _mm512_reduce_add_ps(x); }
+static inline float largest_of(Vector x) { return _mm512_reduce_max_ps(x); }
+#else
+#define REDUCED(NAME, OP)                                                                                              \
+    static inline float NAME(Vector x) {                                                                               \
+        __m128 y = OP(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));                                         \
+        y = OP(y, _mm_movehl_ps(y, y));                                                                                \
+        return _mm_cvtss_f32(OP(y, _mm_movehdup_ps(y)));                                                               \
+    }
+REDUCED(sum_of, _mm_add_ps)
+REDUCED(largest_of, _mm_max_ps)
+#endif
 
 /* --- numbers and cells --- */
 
@@ -222,11 +222,25 @@ static inline __m256i narrowed(Vector x) { return (__m256i)_mm512_cvtneps_pbh(x)
 static inline void keep_some(Kept *to, Vector x, long count) { _mm256_mask_storeu_epi16(to, FIRST(count), narrowed(x)); }
 #endif
 
+#if BF16 && !PAIRED
+#define A_WORD 2 /* cells that four bytes of a key make */
+static inline Vector cell_of(Vector word, int which) {
+    __m512i bits = (__m512i)word;
+    return (Vector)(which ? _mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)) : _mm512_slli_epi32(bits, 16));
+}
+#else
+#define A_WORD 1
+static inline Vector cell_of(Vector word, int which) { return (void)which, word; }
+#endif
+
 #if PAIRED
 static inline void put(Number *to, Vector x) { _mm256_storeu_si256((__m256i *)to, narrowed(x)); }
 static inline void put_some(Number *to, Vector x, long count) { keep_some(to, x, count); }
 static inline Vector dot(Vector sum, Vector x, Vector y) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
-static inline Vector weights_at(const Weight *panel) { return _mm512_loadu_ps(panel); }
+static inline void weights_at(const Weight *panel, Vector *low, Vector *high) {
+    *low = _mm512_loadu_ps(panel);
+    *high = _mm512_loadu_ps(panel + LANES);
+}
 #else
 static inline void put(Number *to, Vector x) { V(storeu)(to, x); }
 static inline void put_some(Number *to, Vector x, long count) {
@@ -238,13 +252,17 @@ static inline void put_some(Number *to, Vector x, long count) {
 #endif
 }
 static inline Vector dot(Vector sum, Vector x, Vector y) { return V(fmadd)(x, y, sum); }
-static inline Vector weights_at(const Weight *panel) {
-#if BF16
-    return widened(_mm256_loadu_si256((const __m256i *)panel));
+static inline void weights_at(const Weight *panel, Vector *low, Vector *high) {
+#if BF16 /* each of the first half stands before one of the second */
+    Vector words = _mm512_loadu_ps(panel);
+    *low = cell_of(words, 0);
+    *high = cell_of(words, 1);
 #elif LANES == 16
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)panel));
+    *low = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)panel));
+    *high = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)panel + 1));
 #else
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)panel));
+    *low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)panel));
+    *high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)panel + 1));
 #endif
 }
 #endif
@@ -252,7 +270,10 @@ static inline Vector weights_at(const Weight *panel) {
 static inline void keep_some(Kept *to, Vector x, long count) { put_some(to, x, count); }
 #endif
 
-static inline Vector cells_at(const float *panel) { return V(loadu)(panel); }
+static inline void cells_at(const float *panel, Vector *low, Vector *high) {
+    *low = V(loadu)(panel);
+    *high = V(loadu)(panel + LANES);
+}
 
 static void put_all(Number *to, const float *x, long count) {
     for (long i = 0; i < count; i += LANES) put_some(to + i, some(x + i, count - i), count - i);
@@ -263,15 +284,18 @@ static void keep_all(Kept *to, const float *x, long count) {
 
 /* --- products --- */
 
-/* R rows of cells, `apart` from one to the next, times a panel -> out, `stride` from one to the next. */
+/* R rows of cells, `apart` from one to the next, times a panel -> out, `stride` from one to the next. Has what stands at
+`soon` on its way, `step` bytes for each cell. */
 #define PRODUCT(NAME, TYPE, LOAD, R)                                                                                   \
-    static void NAME##R(const TYPE *panel, const float *x, long apart, long cells, float *out, long stride) {          \
+    static void NAME##R(const TYPE *panel, const float *x, long apart, long cells, float *out, long stride,            \
+                        const char *soon, long step) {                                                                 \
         Vector low[R], high[R];                                                                                        \
         UNROLL for (int r = 0; r < R; r++) low[r] = high[r] = V(setzero)();                                            \
         for (long i = 0; i < cells; i++) {                                                                             \
             for (long line = 0; line < (long)sizeof(TYPE) * PANEL; line += 64)                                         \
-                _mm_prefetch((const char *)(panel + i * PANEL) + AHEAD + line, _MM_HINT_T0);                           \
-            Vector a = LOAD(panel + i * PANEL), b = LOAD(panel + i * PANEL + LANES);                                   \
+                _mm_prefetch(soon + i * step + line, _MM_HINT_T0);                                                     \
+            Vector a, b;                                                                                               \
+            LOAD(panel + i * PANEL, &a, &b);                                                                           \
             UNROLL for (int r = 0; r < R; r++) {                                                                       \
                 Vector value = V(set1)(x[r * apart + i]);                                                              \
                 low[r] = dot(low[r], value, a);                                                                        \
@@ -291,17 +315,19 @@ static void keep_all(Kept *to, const float *x, long count) {
     PRODUCT(NAME, TYPE, LOAD, 5)                                                                                       \
     PRODUCT(NAME, TYPE, LOAD, 6)                                                                                       \
     MORE(NAME, TYPE, LOAD)                                                                                             \
-    static void (*const NAME[ROWS + 1])(const TYPE *, const float *, long, long, float *, long) = {                    \
+    static void (*const NAME[ROWS + 1])(const TYPE *, const float *, long, long, float *, long, const char *, long) = { \
         0, NAME##1, NAME##2, NAME##3, NAME##4, NAME##5, NAME##6 LISTED(NAME)};
-#if ROWS == 12
+#if ROWS == 14
 #define MORE(NAME, TYPE, LOAD)                                                                                         \
     PRODUCT(NAME, TYPE, LOAD, 7)                                                                                       \
     PRODUCT(NAME, TYPE, LOAD, 8)                                                                                       \
     PRODUCT(NAME, TYPE, LOAD, 9)                                                                                       \
     PRODUCT(NAME, TYPE, LOAD, 10)                                                                                      \
     PRODUCT(NAME, TYPE, LOAD, 11)                                                                                      \
-    PRODUCT(NAME, TYPE, LOAD, 12)
-#define LISTED(NAME) , NAME##7, NAME##8, NAME##9, NAME##10, NAME##11, NAME##12
+    PRODUCT(NAME, TYPE, LOAD, 12)                                                                                      \
+    PRODUCT(NAME, TYPE, LOAD, 13)                                                                                      \
+    PRODUCT(NAME, TYPE, LOAD, 14)
+#define LISTED(NAME) , NAME##7, NAME##8, NAME##9, NAME##10, NAME##11, NAME##12, NAME##13, NAME##14
 #else
 #define MORE(NAME, TYPE, LOAD)
 #define LISTED(NAME)
@@ -310,14 +336,17 @@ ALL_PRODUCTS(with_weights, Weight, weights_at)
 ALL_PRODUCTS(with_cells, float, cells_at)
 
 /* One panel's outputs of the rows from..to: x [rows, inputs] -> out [rows, stride], put there or added. `outputs`: of the
-whole weight, the last panel may hold fewer. */
+whole weight, the last panel may hold fewer. Where rows share several passes over the panel, each fetches a part of the next. */
 static void panel_of(const Weight *weight, const float *bias, long panel, long outputs, long from, long to, const Number *x,
                      long inputs, float *out, long stride, int add) {
     float sums[ROWS][PANEL];
     long cells = inputs / PAIR, groups = up(to - from, ROWS), first = panel * PANEL, columns = least(PANEL, outputs - first);
-    for (long g = 0; g < groups; g++) {
+    const Weight *own = weight + first * cells;
+    long line = PANEL * (long)sizeof(Weight), share = cells * line / groups;
+    const char *soon = (const char *)own + (groups > 1 ? cells * line : AHEAD);
+    for (long g = 0; g < groups; g++, soon += share) {
         long a = from + (to - from) * g / groups, b = from + (to - from) * (g + 1) / groups;
-        with_weights[b - a](weight + first * cells, (const float *)(x + a * inputs), cells, cells, sums[0], PANEL);
+        with_weights[b - a](own, (const float *)(x + a * inputs), cells, cells, sums[0], PANEL, soon, line / groups);
         for (long r = a; r < b; r++) {
             float *at = out + r * stride + first;
             for (int c = 0; c < columns; c++) {
@@ -328,13 +357,17 @@ static void panel_of(const Weight *weight, const float *bias, long panel, long o
     }
 }
 
+/* Where a block of rows begins: all are of one size, so that threads that take a block each are done together. */
+static inline long start_of_block(long rows, long block) { return rows * block / up(rows, FEW); }
+
 /* x [rows, inputs] -> out [rows, outputs]. */
 EXPORT void longstride_product(const Weight *weight, const float *bias, const Number *x, float *out, long rows, long inputs,
                                long outputs, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
     for (long block = 0; block < up(rows, FEW); block++)
         for (long panel = 0; panel < up(outputs, PANEL); panel++)
-            panel_of(weight, bias, panel, outputs, block * FEW, least(rows, (block + 1) * FEW), x, inputs, out, outputs, 0);
+            panel_of(weight, bias, panel, outputs, start_of_block(rows, block), start_of_block(rows, block + 1), x, inputs, out,
+                     outputs, 0);
 }
 
 /* What adapters act on in a product, and the inputs of a block of rows times `down`: each thread keeps its own while it goes
@@ -347,6 +380,7 @@ typedef struct {
 } Adapted;
 
 static void through_down(Adapted *adapted, const Number *x, long inputs, long from, long to) {
+    long cells = inputs / PAIR;
     for (int s = 0; s < adapted->count; s++) {
         const LowRank *low = adapted->spans[s].low + adapted->product;
         long last = least(to, adapted->spans[s].to);
@@ -354,8 +388,8 @@ static void through_down(Adapted *adapted, const Number *x, long inputs, long fr
             long some = least(ROWS, last - a);
             float *at = adapted->low + (a - from) * MOST;
             for (long c = 0; c < low->rank; c += PANEL)
-                with_cells[some](low->down + c * (inputs / PAIR), (const float *)(x + a * inputs), inputs / PAIR, inputs / PAIR,
-                                 at + c, MOST);
+                with_cells[some](low->down + c * cells, (const float *)(x + a * inputs), cells, cells, at + c, MOST,
+                                 (const char *)(low->down + c * cells) + AHEAD, PANEL * sizeof(float));
             for (long r = 0; r < some; r++) put_all((Number *)(at + r * MOST), at + r * MOST, low->rank);
         }
     }
@@ -364,7 +398,8 @@ static void through_down(Adapted *adapted, const Number *x, long inputs, long fr
 /* `panel_of` for a block of all `rows`, and what adapters add to it. */
 static void adapted_panel(const Weight *weight, const float *bias, long panel, long outputs, long block, long rows,
                           const Number *x, long inputs, float *out, int add, Adapted *adapted) {
-    long from = block * FEW, to = least(rows, from + FEW), columns = least(PANEL, outputs - panel * PANEL);
+    long from = start_of_block(rows, block), to = start_of_block(rows, block + 1);
+    long columns = least(PANEL, outputs - panel * PANEL);
     float sums[ROWS][PANEL];
     panel_of(weight, bias, panel, outputs, from, to, x, inputs, out, outputs, add);
     if (adapted->count && adapted->block != block) {
@@ -376,7 +411,9 @@ static void adapted_panel(const Weight *weight, const float *bias, long panel, l
         long last = least(to, adapted->spans[s].to);
         for (long a = adapted->spans[s].from > from ? adapted->spans[s].from : from; low->rank && a < last; a += ROWS) {
             long some = least(ROWS, last - a);
-            with_cells[some](low->up + panel * PANEL * low->cells, adapted->low + (a - from) * MOST, MOST, low->cells, sums[0], PANEL);
+            const float *own = low->up + panel * PANEL * low->cells;
+            with_cells[some](own, adapted->low + (a - from) * MOST, MOST, low->cells, sums[0], PANEL,
+                             (const char *)own + AHEAD, PANEL * sizeof(float));
             for (long r = 0; r < some; r++)
                 for (long c = 0; c < columns; c++) out[(a + r) * outputs + panel * PANEL + c] += sums[r][c];
         }
@@ -467,25 +504,17 @@ static void rows_of(const Slice *slice, long from, long to, int32_t *rows) {
     }
 }
 
-/* Have what comes next on its way: keys, and the values that are wanted when all keys are done. */
-static INLINE void fetch(const Kept *keys, const Kept *values, const int32_t *rows, long k, long count, long size) {
-    for (long i = k; i < least(k + LANES, count); i++)
-        for (long at = 0; at < size; at += 64 / (long)sizeof(Kept)) {
-            _mm_prefetch((const char *)(keys + rows[least(i + KEYS_AHEAD, count - 1)] * size + at), _MM_HINT_T0);
-            _mm_prefetch((const char *)(values + rows[i] * size + at), _MM_HINT_T0);
-        }
+/* Have LANES rows of keys or values on their way. */
+static INLINE void fetch(const Kept *buffer, const int32_t *rows, long k, long count, long size) {
+    for (long i = k; i < k + LANES; i++)
+        for (long at = 0; at < size; at += 64 / (long)sizeof(Kept))
+            _mm_prefetch((const char *)(buffer + rows[least(i, count - 1)] * size + at), _MM_HINT_T0);
 }
 
-/* LANES keys' cells from c on, one below the other; zeros behind the last key. */
-static INLINE void cells_of(const Kept *keys, const int32_t *rows, long count, long size, long c, Vector *block) {
-    for (int i = 0; i < LANES; i++) {
-        if (i >= count) block[i] = V(setzero)();
-#if PAIRED
-        else block[i] = some((const float *)(keys + rows[i] * size) + c, size / PAIR - c);
-#else
-        else block[i] = kept_at(keys + rows[i] * size + c, size - c);
-#endif
-    }
+/* LANES keys' words from the w-th on, one below the other; zeros behind the last key. */
+static INLINE void words_of(const Kept *keys, const int32_t *rows, long count, long size, long w, Vector *block) {
+    for (int i = 0; i < LANES; i++)
+        block[i] = i < count ? some((const float *)(keys + rows[i] * size) + w, size / (A_WORD * PAIR) - w) : V(setzero)();
     transpose(block);
 }
 
@@ -510,17 +539,17 @@ static INLINE const Kept *other_of(const Kept *values, const int32_t *rows, long
     return PAIR == 2 && k + 1 < count ? values + rows[k + 1] * size : 0;
 }
 
-/* Keys [*, size] as panels of keys: their cells one below the other. Their values are wanted next. */
-static INLINE void pack_keys(const Kept *keys, const Kept *values, const int32_t *rows, long count, long size,
-                             float *panels) {
+/* Keys [*, size] as panels of keys: their cells one below the other. */
+static INLINE void pack_keys(const Kept *keys, const int32_t *rows, long count, long size, float *panels) {
     long cells = size / PAIR;
     for (long k = 0; k < count; k += LANES) {
         float *to = panels + k / PANEL * PANEL * cells + k % PANEL;
-        fetch(keys, values, rows, k, count, size);
-        for (long c = 0; c < cells; c += LANES) {
+        fetch(keys, rows, k + KEYS_AHEAD, count, size);
+        for (long c = 0; c < cells; c += LANES * A_WORD) {
             Vector block[LANES];
-            cells_of(keys, rows + k, count - k, size, c, block);
-            for (int i = 0; i < LANES && c + i < cells; i++) V(storeu)(to + (c + i) * PANEL, block[i]);
+            words_of(keys, rows + k, count - k, size, c / A_WORD, block);
+            for (int i = 0; i < LANES * A_WORD && c + i < cells; i++)
+                V(storeu)(to + (c + i) * PANEL, cell_of(block[i / A_WORD], i % A_WORD));
         }
     }
 }
@@ -544,13 +573,16 @@ static INLINE void score_few(int R, const Kept *keys, const Kept *values, const 
     for (long k = 0; k < count; k += LANES) {
         Vector sums[ALONE];
         UNROLL for (int r = 0; r < R; r++) sums[r] = V(setzero)();
-        fetch(keys, values, rows, k, count, size);
-        for (long c = 0; c < cells; c += LANES) {
+        fetch(keys, rows, k + KEYS_AHEAD, count, size);
+        fetch(values, rows, k, count, size); /* they are wanted when all keys are done */
+        for (long c = 0; c < cells; c += LANES * A_WORD) {
             Vector block[LANES];
-            cells_of(keys, rows + k, count - k, size, c, block);
-            UNROLL for (int i = 0; i < LANES; i++)
-                if (c + i < cells)
-                    UNROLL for (int r = 0; r < R; r++) sums[r] = dot(sums[r], V(set1)(query[r * cells + c + i]), block[i]);
+            words_of(keys, rows + k, count - k, size, c / A_WORD, block);
+            UNROLL for (int i = 0; i < LANES * A_WORD; i++)
+                if (c + i < cells) {
+                    Vector cell = cell_of(block[i / A_WORD], i % A_WORD);
+                    UNROLL for (int r = 0; r < R; r++) sums[r] = dot(sums[r], V(set1)(query[r * cells + c + i]), cell);
+                }
         }
         UNROLL for (int r = 0; r < R; r++) V(storeu)(scores + r * CHUNK + k, sums[r]);
     }
@@ -565,16 +597,19 @@ static void weigh(const Slice *slice, long token, long past, long from, long to,
     }
     long padded = up(to - from, PANEL) * PANEL;
     for (long k = to - from; k < padded; k++) scores[k] = -INFINITY;
-    Vector largest = V(loadu)(scores), total = V(setzero)();
-    for (long k = LANES; k < padded; k += LANES) largest = V(max)(largest, V(loadu)(scores + k));
-    *most = largest_of(largest);
+    Vector largest[2] = {V(loadu)(scores), V(loadu)(scores + LANES)}, total[2] = {V(setzero)(), V(setzero)()};
+    for (long k = PANEL; k < padded; k += PANEL)
+        for (int i = 0; i < 2; i++) largest[i] = V(max)(largest[i], V(loadu)(scores + k + i * LANES));
+    *most = largest_of(V(max)(largest[0], largest[1]));
     Vector shift = V(set1)(*most == -INFINITY ? 0.0f : *most);
-    for (long k = 0; k < padded; k += LANES) {
-        Vector score = V(loadu)(scores + k), weight = where_seen(score, exponential(V(sub)(score, shift))); /* unseen: 0 */
-        put((Number *)scores + k, weight);
-        total = V(add)(total, weight);
-    }
-    *sum = sum_of(total);
+    for (long k = 0; k < padded; k += PANEL)
+        for (int i = 0; i < 2; i++) { /* so that neither waits for the other */
+            Vector score = V(loadu)(scores + k + i * LANES);
+            Vector weight = where_seen(score, exponential(V(sub)(score, shift))); /* unseen: 0 */
+            put((Number *)scores + k + i * LANES, weight);
+            total[i] = V(add)(total[i], weight);
+        }
+    *sum = sum_of(V(add)(total[0], total[1]));
 }
 
 /* Query rows [rows, size] of one KV head, scaled, before some keys and values. */
@@ -604,7 +639,6 @@ typedef struct {
 static void weigh_all(const Attention *a, const Sight *s) {
     for (long r = 0; r < a->rows; r++) {
         float *end = a->part + r * a->stride + a->stride - 2;
-        if (a->rows > ALONE) fetch_soon(a, r, a->rows);
         weigh(s->slice, s->first + r / s->group, s->past, s->from, s->to, a->scores + r * CHUNK, end, end + 1);
     }
 }
@@ -645,19 +679,24 @@ static INLINE void attend_few(int R, long size, const Attention *a, const Sight 
     weigh_few(R, size, a);
 }
 
+/* What is read next is fetched while products are made, each a share: values before keys, the next keys before values. */
 static INLINE void attend_many(long size, const Attention *a, const Sight *s, float *panels) {
-    long cells = size / PAIR, pairs = up(a->count, PAIR);
-    pack_keys(a->keys, a->values, a->seen, a->count, size, panels);
+    long cells = size / PAIR, pairs = up(a->count, PAIR), groups = up(a->rows, ROWS);
+    const char *soon = (const char *)(a->values + a->seen[0] * size);
+    long share = a->count * size * (long)sizeof(Kept) / (groups * up(a->count, PANEL));
+    pack_keys(a->keys, a->seen, a->count, size, panels);
     for (long r = 0; r < a->rows; r += ROWS)
-        for (long k = 0; k < a->count; k += PANEL)
+        for (long k = 0; k < a->count; k += PANEL, soon += share)
             with_cells[least(ROWS, a->rows - r)](panels + k * cells, (const float *)(a->query + r * size), cells, cells,
-                                                 a->scores + r * CHUNK + k, CHUNK);
+                                                 a->scores + r * CHUNK + k, CHUNK, soon, share / cells);
     weigh_all(a, s);
     pack_values(a->values, a->seen, a->count, size, panels);
+    soon = a->lines ? a->soon : (const char *)panels;
+    share = 64 * a->lines / (groups * up(size, PANEL));
     for (long r = 0; r < a->rows; r += ROWS)
-        for (long column = 0; column < size; column += PANEL)
+        for (long column = 0; column < size; column += PANEL, soon += share)
             with_cells[least(ROWS, a->rows - r)](panels + column * pairs, a->scores + r * CHUNK, CHUNK, pairs,
-                                                 a->part + r * a->stride + column, a->stride);
+                                                 a->part + r * a->stride + column, a->stride, soon, share / pairs);
 }
 
 #define FEW_CASE(R) case R: attend_few(R, size, a, s); break;
@@ -665,8 +704,8 @@ static INLINE void attend_many(long size, const Attention *a, const Sight *s, fl
 static INLINE void attend_sized(long size, const Attention *a, const Sight *s, float *panels) {
     switch (a->rows) {
     FEW_CASE(1) FEW_CASE(2) FEW_CASE(3) FEW_CASE(4) FEW_CASE(5) FEW_CASE(6)
-#if ROWS == 12
-    FEW_CASE(7) FEW_CASE(8) FEW_CASE(9) FEW_CASE(10) FEW_CASE(11) FEW_CASE(12)
+#if ROWS == 14
+    FEW_CASE(7) FEW_CASE(8) FEW_CASE(9) FEW_CASE(10) FEW_CASE(11) FEW_CASE(12) FEW_CASE(13) FEW_CASE(14)
 #endif
     default: attend_many(size, a, s, panels);
     }

@@ -75,18 +75,25 @@ class Library:
         return 2 if self.number == torch.bfloat16 else 1
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight [out, in] as panels of whole cells [out / panel, in / pair, panel, pair], filled up with zeros."""
+        """A weight [out, in] as panels of whole cells [out / panel, in / pair, panel, pair], filled up with zeros.
+
+        bf16 that is multiplied in fp32: each output of a panel's first half stands before one of its second, so that
+        two instructions make numbers of both.
+        """
         outputs, inputs = weight.shape
         padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % self.panel))
-        return padded.view(-1, self.panel, inputs // self.pair, self.pair).transpose(1, 2).contiguous()
+        panels = padded.view(-1, self.panel, inputs // self.pair, self.pair).transpose(1, 2)
+        if weight.dtype == torch.bfloat16 != self.number:
+            panels = panels.unflatten(2, (2, -1)).transpose(2, 3).flatten(2, 3)
+        return panels.contiguous()
 
 
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 # name, dtype, number, panel, rows, what the processor must have
 _BUILDS = (
-    ("bf16", torch.bfloat16, torch.bfloat16, 32, 12, (*_AVX512, "avx512_bf16")),
-    ("bf16_fp32", torch.bfloat16, torch.float32, 32, 12, _AVX512),
-    ("avx512", torch.float32, torch.float32, 32, 12, _AVX512),
+    ("bf16", torch.bfloat16, torch.bfloat16, 32, 14, (*_AVX512, "avx512_bf16")),
+    ("bf16_fp32", torch.bfloat16, torch.float32, 32, 14, _AVX512),
+    ("avx512", torch.float32, torch.float32, 32, 14, _AVX512),
     ("avx2", torch.float32, torch.float32, 16, 6, ("avx2",)),  # whatever has it has FMA and F16C
 )
 

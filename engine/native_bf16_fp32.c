@@ -2,5 +2,5 @@
 #define LANES 16
 #define BF16 1
 #define PAIRED 0
-#define ROWS 12
+#define ROWS 14
 #include "native.h"
