@@ -84,7 +84,7 @@ class Library:
         padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % self.panel))
         panels = padded.view(-1, self.panel, inputs // self.pair, self.pair).transpose(1, 2)
         if weight.dtype == torch.bfloat16 != self.number:
-            panels = panels.unflatten(2, (2, -1)).transpose(2, 3).flatten(2, 3)
+            panels = panels.reshape(*panels.shape[:2], 2, -1, self.pair).transpose(2, 3).flatten(2, 3)
         return panels.contiguous()
 
 
