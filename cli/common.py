@@ -74,7 +74,9 @@ Temperature = Annotated[float | None, typer.Option("--temperature", help="0 is g
 Drafting = Annotated[
     str | None,
     typer.Option(
-        "--drafting", help="Draft from text already seen: off, lookup (one branch) or tree.", show_default="tree"
+        "--drafting",
+        help="Draft from text already seen and the model's own n-grams: off, lookup (one branch) or tree.",
+        show_default="tree",
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]

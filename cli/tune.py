@@ -179,6 +179,8 @@ def ngrams(
     from longstride.tuning.ngrams import Answers, counted
     from longstride.tuning.texts import texts
 
+    if out is not None and out.is_dir():
+        raise BadInput(f"{out} is a folder; --out names the file to write")
     documents = texts(corpus)
     loaded = c.loaded(load_model, model, device, dtype)
     to = out or ngrams_file(loaded.content)

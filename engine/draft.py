@@ -1,4 +1,5 @@
-"""Where drafts come from: what this session has seen, looked up by its longest match (Lookahead, arXiv 2312.12728).
+"""Where drafts come from: what this session has seen, looked up by its longest match (Lookahead, arXiv 2312.12728), and
+the model's own n-grams.
 
 `History` finds earlier occurrences of the last few tokens; `Drafter` merges what followed them into a tree, most
 probable first, and stops where another token would cost more than it promises. What no text foretells the model's own
@@ -202,7 +203,7 @@ class Drafter:
         taken: list[Node] = []
         waiting: list[tuple[float, int, Node]] = []
         tie = count()
-        most = min(most, MOST_NODES) if depth > 0 else 0
+        most = max(0, min(most, MOST_NODES)) if depth > 0 else 0
         costs = [cost(further) for further in range(most + 1)]
         expected = 1.0 + beside
         rate, size = GAIN * expected / costs[0], 0  # the best so far, in tokens for what a forward costs
@@ -265,7 +266,7 @@ class Drafter:
             if left < LEAST:
                 break
         if self.ngrams is not None and left >= LEAST:
-            self._tend(node, left * rates[Rates.NGRAMS], made, self.ngrams)
+            self._tend(node, left, made, self.ngrams)
         if self.branches or not made:
             return list(made.values())
         return [max(made.values(), key=lambda child: child.probability)]
@@ -274,10 +275,14 @@ class Drafter:
         """Add to what may follow `node` what the model tends to write there, with a share of the probability `left`."""
         before = self._before if node.parent is None else node.parent.token
         named = {token: chance for token, chance in ngrams.after(before, node.token) if token not in made}
-        node.expected.append((Rates.NGRAMS, named.keys(), sum(named.values())))
+        if not named:
+            return
+        promised = sum(named.values())
+        node.expected.append((Rates.NGRAMS, named.keys(), promised))
+        share = left * min(self.rates[Rates.NGRAMS], 1 / promised)
         for token, chance in named.items():
-            if left * chance >= LEAST:
-                made[token] = Node(token, node, node.depth + 1, left * chance, [])
+            if share * chance >= LEAST:
+                made[token] = Node(token, node, node.depth + 1, share * chance, [])
 
     def observe(self, node: Node, token: int) -> None:
         """`token` followed the text that `node` stands for: learn whose evidence was right."""

@@ -26,6 +26,7 @@ from longstride.engine.runner import ModelRunner, refuse_untruncatable
 from longstride.engine.tokenizer import HFTokenizer, Tokenizer
 from longstride.errors import BadInput, ModelError
 
+log = logging.getLogger("longstride")
 EMBEDDED = "smollm2"
 EMBEDDED_NGRAMS = Path(__file__).with_name("data") / f"{EMBEDDED}-ngrams.safetensors"
 # what transformers' models call the cache that they are given
@@ -62,7 +63,8 @@ def choose_device(device: str) -> torch.device:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 is computed in hardware; elsewhere it is emulated and hundreds of times slower than fp32."""
+    """Whether bf16 is computed in hardware. Elsewhere torch emulates it, hundreds of times slower than fp32; compiled
+    layers do without (`native.py`), but not every model has them, so it has to be asked for there."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -104,10 +106,15 @@ def ngrams_file(content: str) -> Path:
 
 
 def find_ngrams(plain: "PlainModel") -> NGrams | None:
-    """Those that were made for this model, or those that come with the embedded one."""
+    """Those that were made for this model, or those that come with the embedded one. A file that cannot be used is told
+    of and done without: n-grams change how fast an answer is written, not what it says."""
     shipped = [EMBEDDED_NGRAMS] if plain.name == EMBEDDED else []
-    found = next((path for path in (ngrams_file(plain.content), *shipped) if path.is_file()), None)
-    return None if found is None else NGrams.load(found, plain.vocabulary)
+    for path in filter(Path.is_file, (ngrams_file(plain.content), *shipped)):
+        try:
+            return NGrams.load(path, plain.vocabulary, plain.model.config.vocab_size)
+        except ModelError as error:
+            log.warning("%s; answers are drafted without them", error)
+    return None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import ctypes
 import importlib.util
 import logging
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,11 +123,14 @@ def _load(
 
 
 LIBRARIES = tuple(filter(None, (_load(*build) for build in _BUILDS)))
+_choosing = threading.Lock()
 
 
 def library(dtype: torch.dtype) -> Library | None:
-    """The fastest build for weights of `dtype` on this CPU."""
-    return min((one for one in LIBRARIES if one.dtype == dtype), key=_seconds, default=None)
+    """The fastest build for weights of `dtype` on this CPU. A process has one answer: weights that one build packed
+    mean nothing to another, and models are packed by several threads."""
+    with _choosing:
+        return min((one for one in LIBRARIES if one.dtype == dtype), key=_seconds, default=None)
 
 
 @cache
@@ -189,7 +193,9 @@ class Layers:
         """Put a layer behind the others, if it is the next and of their shape."""
         last = self._layers[-1].own
         shape = ("hidden", "heads", "kv_heads", "size", "inner")
-        if layer.own.index != last.index + 1 or any(getattr(layer.own, x) != getattr(last, x) for x in shape):
+        if layer.library is not self.library or layer.own.index != last.index + 1:
+            return False
+        if any(getattr(layer.own, x) != getattr(last, x) for x in shape):
             return False
         self._layers.append(layer)
         self._own = (_Layer * len(self._layers))(*(layer.own for layer in self._layers))
@@ -271,7 +277,7 @@ def layer(
     if len(packed) < len(products) or shape.key_size % 8 or shape.key_size > MOST:
         return None
     library, hidden, inner = packed[0].library, packed[0].inputs, packed[-1].inputs
-    if hidden % library.panel or inner % library.panel:
+    if hidden % library.panel or inner % library.panel or any(one.library is not library for one in packed):
         return None
     weights = [weight.float().contiguous() for weight, _ in norms]
     # in one buffer, because the system maps large ones by large pages, which are read faster

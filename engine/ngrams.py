@@ -4,6 +4,7 @@ For what no text foretells. The model's own likely next tokens are what is count
 2408.08696), in answers that `tuning/ngrams.py` has it write.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -63,23 +64,26 @@ class NGrams:
             scratch.write_bytes(save(tensors, about))
             scratch.replace(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
             raise BadInput(f"{path} cannot be written: {error.strerror or error}") from error
 
     @classmethod
-    def load(cls, path: Path, vocabulary: str) -> "NGrams":
-        """Raises `ModelError` for a file that is damaged or of a model with another vocabulary."""
+    def load(cls, path: Path, vocabulary: str, size: int) -> "NGrams":
+        """Raises `ModelError` for a file that is damaged or of a model with another vocabulary or number of ids."""
         try:
             with safe_open(path, "np") as file:
                 about = json.loads((file.metadata() or {})[ABOUT])
                 keys, tokens, chances = (file.get_tensor(name) for name in ("keys", "tokens", "chances"))
-                size, own = int(about["size"]), about["vocabulary"]
+                own = about["vocabulary"], about["size"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{path} holds no n-grams that can be read ({error}); remove it or make it anew"
             ) from error
-        if own != vocabulary:
+        if own != (vocabulary, size):
             raise ModelError(f"{path} is of a model with another vocabulary; remove it or make it anew")
         whole = keys.ndim == 1 and tokens.ndim == 2 and tokens.shape == chances.shape == (len(keys), tokens.shape[1])
+        whole = whole and keys.dtype.kind == "i" and tokens.dtype.kind == "u" and chances.dtype == np.uint8
         # an id that the model does not have would only be noticed in the middle of an answer
         if not whole or (np.diff(keys) <= 0).any() or (tokens >= size).any():
             raise ModelError(f"{path} is damaged; remove it or make it anew")

@@ -96,7 +96,8 @@ class SessionSettings(BaseModel):
     repetition_penalty: float = Field(1.0, gt=0, description="divides the scores of tokens of the turn; 1 is none")
     seed: int | None = Field(None, description="makes sampling repeatable")
     drafting: Literal["off", "lookup", "tree"] = Field(
-        "tree", description="drafts from text already seen: off, one branch (lookup) or several (tree)"
+        "tree",
+        description="drafts from text seen and the model's n-grams: off, one branch (lookup) or several (tree)",
     )
 
     def sampling(self) -> "Sampling":

@@ -114,7 +114,8 @@ class Answers:
         tokenizer = self.model.tokenizer
         body = rng.choices(self.documents, self._weights)[0].body
         at = rng.randrange(max(1, len(body) - 2000))
-        excerpt = body[at : at + 2000].partition(" ")[2] or body
+        cut = body[at : at + 2000]
+        excerpt = cut.partition(" ")[2] or cut
         ids = tokenizer.encode(excerpt)[: rng.choice(LENGTHS)]
         near = tokenizer.decode(ids) or excerpt
         subjects = sorted({*rng.choice((NAME, WORD)).findall(near)} or {*near.split()}) or ["the text"]

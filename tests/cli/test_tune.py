@@ -1,6 +1,7 @@
 """`longstride tune` and `longstride eval perplexity` from end to end, on a tiny model; their refusals."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -176,7 +177,8 @@ def test_ngrams_are_counted_and_found_by_the_model_they_are_of(folder, monkeypat
     done = invoke(tune.app, *asked)
     assert done.exit_code == 0, done.stderr
     assert "n-grams of 4 answers, " in done.stdout
-    whole = models.PlainModel("tiny", None, None, "", "bytes")
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=tiny_loaded("llama").runner.vocab_size))
+    whole = models.PlainModel("tiny", model, None, "", "bytes")
     found = models.find_ngrams(whole)
     assert found is not None
     assert f"{len(found):,} n-grams" in done.stdout
@@ -184,5 +186,7 @@ def test_ngrams_are_counted_and_found_by_the_model_they_are_of(folder, monkeypat
     assert again.stdout.partition(": ")[2] == done.stdout.partition(": ")[2]
     assert (folder / "other.safetensors").read_bytes() == models.ngrams_file("").read_bytes()
     (folder / "empty").mkdir()
+    with pytest.raises(BadInput, match="is a folder"):
+        invoke(tune.app, *asked, "--out", folder / "empty")
     with pytest.raises(BadInput, match="no text"):
         invoke(tune.app, "ngrams", "--corpus", folder / "empty")

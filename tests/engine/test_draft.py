@@ -227,6 +227,7 @@ def test_the_models_chances_are_believed_as_far_as_they_hold():
     for _ in range(400):
         drafter.observe(drafter.propose([5], 1, CHEAP).root, 7)
     assert chance() > start  # one of its two came every time, which is more than it promised
+    assert 0.5 < sum(node.probability for node in drafter.propose([5], 1, CHEAP).root.children.values()) <= 1.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])

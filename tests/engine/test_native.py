@@ -1,6 +1,12 @@
 """The compiled layer against the same layer in torch's operations, and rows that do not depend on their company."""
 
+import functools
+import itertools
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +15,7 @@ from torch.nn import functional
 from longstride.engine import native
 from longstride.engine.adapter import Adapter
 from longstride.engine.attention import Slice
-from longstride.engine.cache import KVCache
+from longstride.engine.cache import KVCache, LayerShape
 from longstride.engine.fuse import Block
 from longstride.engine.runner import ModelRunner
 from tests.tiny import fresh_model
@@ -113,8 +119,48 @@ def test_the_fastest_build_of_a_dtype_is_taken(monkeypatch):
     assert native.library(torch.float16) is None
 
 
-def test_a_build_is_as_fast_as_its_products(library):
-    assert 0 < native._seconds(library) < 1
+def test_threads_take_the_same_build(monkeypatch):
+    """However unlike their measurements would be."""
+
+    @functools.cache
+    def measured(_library):
+        time.sleep(0.01)
+        return random.random()
+
+    monkeypatch.setattr(native, "_seconds", measured)
+    monkeypatch.setattr(native, "LIBRARIES", [replace(native.LIBRARIES[0], name=str(i)) for i in range(8)])
+    with ThreadPoolExecutor(8) as pool:
+        assert len({taken.name for taken in pool.map(native.library, [native.LIBRARIES[0].dtype] * 8)}) == 1
+
+
+def test_a_build_is_as_fast_as_its_products(library, monkeypatch):
+    """The fastest of some, by a clock that only they move."""
+    now, steps = 0.0, itertools.cycle([3.0, 0.5, 2.0])
+    product = native.Packed.__call__
+
+    def slow(self, x):
+        nonlocal now
+        now += next(steps)
+        return product(self, x)
+
+    monkeypatch.setattr(native.Packed, "__call__", slow)
+    monkeypatch.setattr(native, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert native._seconds.__wrapped__(library) == 0.5
+
+
+def test_weights_of_two_builds_do_not_meet(library):
+    block = next(blocks(built(library)))
+    layers = block.native
+    first, second = layers._layers
+    alone, other = native.Layers(first), replace(second, library=replace(second.library))
+    assert not alone.join(other)
+    assert alone.join(second)
+    norms = [(torch.ones(96), 1e-6)] * 2
+    products = {product.name: product.run for product in block.products}
+    arguments = (0, LayerShape(2, 16, 16), 6, 0.25, norms)
+    assert native.layer(*arguments, products) is not None
+    weight = native.Packed(replace(layers.library), halved(96, 96), None)
+    assert native.layer(*arguments, {**products, block.out.name: weight}) is None
 
 
 def test_values_are_kept_as_torch_rounds_them(library, exact):
