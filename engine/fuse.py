@@ -99,7 +99,8 @@ def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # packing uses one core a weight
         for _ in pool.map(replace, *zip(*found, strict=True)) if found else ():
             pass
-    _join([block for _, layers, at in found if isinstance(block := layers[at], Block)], model)
+    for layers in {id(layers): layers for _, layers, _ in found}.values():
+        _join(layers, model, adapted)
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         for name, child in module.named_children():
@@ -115,22 +116,53 @@ def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
 
 def rows_at_once(model: Any) -> int:
     """Rows of a forward that share a pass over the weights: their products are done while these are on their way."""
-    compiled = (block.native for block in model.modules() if isinstance(block, Block))
-    return next((layers.library.rows for layers in compiled if layers is not None), FREE_ROWS)
+    return next((stack.native.library.rows for stack in model.modules() if isinstance(stack, Stack)), FREE_ROWS)
 
 
-def _join(blocks: Sequence["Block"], model: Any) -> None:
-    """Let consecutive layers that can be compiled run in one call."""
-    if model.dtype != torch.float32 and sum(b.compiled is not None for b in blocks) < model.config.num_hidden_layers:
+def _join(layers: nn.ModuleList, model: Any, adapted: Adapted) -> None:
+    """Put a `Stack` in the place of consecutive layers that can be compiled."""
+    compiled = [layer.compiled if isinstance(layer, Block) else None for layer in layers]
+    if model.dtype != torch.float32 and None in compiled:
         return  # what compiled layers hand on is fp32, which the others would not take
-    joined: native.Layers | None = None
-    for block in blocks:
-        if block.compiled is None:
-            joined = None
-        elif joined is None or not joined.join(block.compiled):
-            joined = native.Layers(block.compiled)
-            block.leads = True
-        block.native = joined
+    joined: list[nn.Module] = []
+    for layer, own in zip(layers, compiled, strict=True):
+        last = joined[-1] if joined else None
+        if own is None:
+            joined.append(layer)
+        elif isinstance(last, Stack) and last.native.join(own):
+            last.blocks.append(layer)
+        else:
+            joined.append(Stack(layer, own, adapted))
+    del layers[:]
+    layers.extend(joined)
+
+
+class Stack(nn.Module):
+    """Consecutive layers, hidden [1, T, h] -> [1, T, h]: one call of what is compiled, or one block after the other
+    where that cannot be (large adapters, a probe)."""
+
+    def __init__(self, block: nn.Module, compiled: native.Layer, adapted: Adapted) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block])
+        self.native = native.Layers(compiled)
+        self.adapted = adapted
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        plan: Any = (),
+        shapes: dict[int, LayerShape] | None = None,
+        **_extra: object,
+    ) -> torch.Tensor:
+        """As `Block` has it."""
+        spans = self.adapted.spans
+        if shapes is None and self.native.takes(spans):
+            return self.native(hidden, position_embeddings, plan, spans)
+        for block in self.blocks:
+            hidden = block(hidden, position_embeddings=position_embeddings, plan=plan, shapes=shapes)
+        return hidden
 
 
 class Block(nn.Module):
@@ -159,8 +191,6 @@ class Block(nn.Module):
         self.norm_in = _norm(layer.input_layernorm)
         self.norm_mlp = _norm(layer.post_attention_layernorm)
         self.compiled = self._compiled(layer)
-        self.native: native.Layers | None = None  # the compiled layers that this one is of
-        self.leads = False  # whether it is their first, which runs all of them
 
     def _compiled(self, layer: Any) -> native.Layer | None:
         """The same layer compiled, if it is of the kind that is."""
@@ -181,9 +211,6 @@ class Block(nn.Module):
         **_extra: object,
     ) -> torch.Tensor:
         """See the class. `position_embeddings`: cosines and sines [1, T, head size]."""
-        spans = self.adapted.spans
-        if self.native is not None and shapes is None and self.native.takes(spans):
-            return self.native(hidden, position_embeddings, plan, spans) if self.leads else hidden
         cos, sin = position_embeddings
         x = hidden[0]
         heads = self.qkv(self.norm_in(x)).view(x.shape[0], -1, self.head_size).transpose(0, 1)

@@ -146,7 +146,7 @@ class Exactness(RuleBasedStateMachine):
     def decode(self, count):
         for _ in range(count):
             if len(self.text) < LIMIT - RESERVED:
-                best = int(self.logits()[-1].argmax())
+                best = self.choice(self.logits()[-1])
                 self.sequence.context.append([best])
                 self.text.append(best)
 
@@ -168,7 +168,7 @@ class Exactness(RuleBasedStateMachine):
         verified = logits.shape[0] - 1  # what passes the budget is cut off
         assert 0 <= verified <= len(drafted)
         while True:
-            node = (path[-1] if path else root).children.get(int(logits[row].argmax()))
+            node = (path[-1] if path else root).children.get(self.choice(logits[row]))
             if node is None or node.row >= verified:
                 break
             assert node.token == self.next_after(node.parent)
@@ -183,7 +183,11 @@ class Exactness(RuleBasedStateMachine):
         while node.parent is not None:
             path.insert(0, node.token)
             node = node.parent
-        return int(reference_logits(self.plain, *self.layout([*self.text, *path]))[-1].argmax())
+        return self.choice(reference_logits(self.plain, *self.layout([*self.text, *path]))[-1])
+
+    def choice(self, logits):
+        """The greedy token; what a window adds is banned, as in a session."""
+        return int(logits[:256].argmax())
 
     @rule(draft=st.lists(token, max_size=3))
     def stop_within_a_step(self, draft):

@@ -16,7 +16,7 @@ from longstride.engine import native
 from longstride.engine.adapter import Adapter
 from longstride.engine.attention import Slice
 from longstride.engine.cache import KVCache, LayerShape
-from longstride.engine.fuse import Block
+from longstride.engine.fuse import Block, Stack
 from longstride.engine.runner import ModelRunner
 from tests.tiny import fresh_model
 
@@ -69,8 +69,10 @@ def built(library):
 @pytest.fixture(scope="module")
 def runner(library):
     made = built(library)
-    assert all(block.native is not None for block in blocks(made))
-    assert len(list(blocks(made))) == 2
+    (stack,) = parts(made, Stack)
+    assert list(made.model.model.layers) == [stack]
+    assert list(stack.blocks) == parts(made, Block)
+    assert len(stack.blocks) == 2
     return made
 
 
@@ -80,15 +82,14 @@ def exact():
     return built(native.library(torch.float32))
 
 
-def blocks(runner):
-    return (module for module in runner.model.modules() if isinstance(module, Block))
+def parts(runner, kind):
+    return [module for module in runner.model.modules() if isinstance(module, kind)]
 
 
 def in_torch(runner, slices, monkeypatch):
     """The logits of slices by torch's operations."""
     with monkeypatch.context() as patch:
-        for block in blocks(runner):
-            patch.setattr(block, "native", None)
+        patch.setattr(native.Layers, "takes", lambda *_: False)
         return runner.forward(slices)
 
 
@@ -149,8 +150,8 @@ def test_a_build_is_as_fast_as_its_products(library, monkeypatch):
 
 
 def test_weights_of_two_builds_do_not_meet(library):
-    block = next(blocks(built(library)))
-    layers = block.native
+    made = built(library)
+    layers, block = parts(made, Stack)[0].native, parts(made, Block)[0]
     first, second = layers._layers
     alone, other = native.Layers(first), replace(second, library=replace(second.library))
     assert not alone.join(other)
@@ -187,8 +188,8 @@ def test_in_bf16_a_model_is_compiled_as_a_whole_or_not_at_all():
     model = fresh_model("llama").to(torch.bfloat16)
     model.model.layers[0].mlp.act_fn = torch.nn.GELU()
     runner = ModelRunner(model)
-    assert len(list(blocks(runner))) == 2
-    assert all(block.native is None for block in blocks(runner))
+    assert len(parts(runner, Block)) == 2
+    assert not parts(runner, Stack)
     (logits,) = runner.forward([Slice(KVCache(runner.layout, 64), tokens(9), range(9), 0, logits=9)])
     assert logits.shape == (9, 264)
     assert logits.isfinite().all()
@@ -299,8 +300,7 @@ def test_adapters_act_on_their_rows(runner, exact, n, names, monkeypatch):
 
 def test_an_adapter_of_too_high_a_rank_acts_in_torch(runner):
     cache, adapter = cache_of(runner, 20), adapter_of(runner, rank=native.MOST + 1)
-    lead = next(blocks(runner))
-    assert not lead.native.takes([(0, 3, adapter)])
+    assert not parts(runner, Stack)[0].native.takes([(0, 3, adapter)])
     assert runner.forward([Slice(cache, tokens(3), range(20, 23), 20, logits=3, adapter=adapter)])[0].isfinite().all()
 
 
@@ -337,7 +337,7 @@ def test_it_need_not_be_the_first_layer_that_is_compiled():
     for model in (plain, mixed):
         model.model.layers[0].mlp.up_proj.weight.data.add_(1e-5)  # fp16 does not hold it any more
     runner = ModelRunner(mixed)
-    assert [block.native is not None for block in blocks(runner)] == [False, True]
+    assert [type(layer) for layer in mixed.model.layers] == [Block, Stack]
     cache, ids = KVCache(runner.layout, 1024, initial=16), tokens(9)
     slices = [Slice(cache, ids, range(9), 0, logits=9)]
     with torch.inference_mode():
@@ -370,7 +370,7 @@ def test_extreme_values_stay_what_they_are_in_torch(runner, monkeypatch):
 )
 def test_what_is_of_another_kind_runs_in_torch(extra):
     runner = ModelRunner(fresh_model("llama", **extra))
-    assert all(block.native is None for block in blocks(runner))
+    assert not parts(runner, Stack)
     plain = fresh_model("llama", **extra)
     ids = tokens(9)
     (logits,) = runner.forward([Slice(KVCache(runner.layout, 64), ids, range(9), 0, logits=9)])

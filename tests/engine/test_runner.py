@@ -77,7 +77,7 @@ def test_fusing_changes_nothing_but_speed(family, half):
         for parameter in model.parameters():
             parameter.data = parameter.data.half().float()
     runner = ModelRunner(fused)
-    assert all(isinstance(layer, Block) for layer in runner.model.model.layers)
+    assert len([layer for layer in runner.model.modules() if isinstance(layer, Block)]) == 2
     for n in (1, 5, 40):
         ids = torch.randint(3, 255, (n,)).tolist()
         (logits,) = runner.forward([Slice(KVCache(runner.layout, 64), ids, range(n), 0, logits=n)])
@@ -90,7 +90,7 @@ def test_a_layer_that_computes_something_else_is_left_as_it_is():
     """Granite has Llama's parts but scales what it adds to the residual stream."""
     settings = {**CONFIGS["llama"], "residual_multiplier": 0.3}
     plain, runner = fresh_model("granite", **settings), ModelRunner(fresh_model("granite", **settings))
-    assert not any(isinstance(layer, Block) for layer in runner.model.model.layers)
+    assert not any(isinstance(layer, Block) for layer in runner.model.modules())
     (logits,) = runner.forward([Slice(KVCache(runner.layout, 64), [5, 6, 7], range(3), 0, logits=3)])
     with torch.inference_mode():
         torch.testing.assert_close(logits, plain(torch.tensor([[5, 6, 7]])).logits[0], atol=1e-4, rtol=1e-4)
