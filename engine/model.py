@@ -113,7 +113,7 @@ def find_ngrams(plain: "PlainModel") -> NGrams | None:
         try:
             return NGrams.load(path, plain.vocabulary, plain.model.config.vocab_size)
         except ModelError as error:
-            log.warning("%s; answers are drafted without them", error)
+            log.warning("%s; it is not used", error)
     return None
 
 
