@@ -12,6 +12,7 @@ BUILDS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "bf16_fp32": AVX512,
+    "bf16_fp16": [*AVX512, "-mavx512fp16"],
     "bf16": [*AVX512, "-mavx512bf16"],
 }
 

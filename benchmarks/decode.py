@@ -15,8 +15,8 @@ import torch
 from benchmarks.common import Row, plot, report, shipped_text
 from benchmarks.peers import LlamaCpp, plain_model
 from longstride.engine.context import Context, Placement
-from longstride.engine.fuse import fits_half
 from longstride.engine.model import CACHE, Model, load_model
+from longstride.engine.native import fits_half
 from longstride.engine.sequence import Sequence
 
 TURN = 3  # forwards of a system before it is the next one's turn, besides one that is not counted

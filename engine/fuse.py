@@ -279,20 +279,6 @@ def _packs(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and avx and there
 
 
-def fits_half(weight: torch.Tensor) -> bool:
-    """Whether fp16 holds these weights without loss, as it does for checkpoints stored in fp16 or bf16.
-
-    The smallest of bf16 are rounded, by less than what fp32 rounds in any product with the largest.
-    """
-    lost = weight.half().float().sub_(weight)
-    return _largest(lost) <= 1e-7 * _largest(weight)
-
-
-def _largest(weight: torch.Tensor) -> float:
-    low, high = torch.aminmax(weight)
-    return max(-float(low), float(high))
-
-
 def _weight(layer: Any) -> torch.Tensor:
     """A layer's weight [out, in]; GPT-2's kind keeps it the other way round."""
     weight: torch.Tensor = layer.weight.detach()
@@ -308,13 +294,12 @@ def _linear(weights: list[torch.Tensor], biases: list[torch.Tensor | None], out:
         pairs = zip(weights, biases, strict=True)
         bias = torch.cat([own.new_zeros(len(own)) if part is None else part.detach() for own, part in pairs])
     library = native.library(weight.dtype) if weight.device.type == "cpu" else None
-    fits = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
-    if library is not None and (fits or (weight.dtype == torch.float32 and fits_half(weight))):
+    if library is not None and library.holds(weight):
         return native.Packed(library, weight, bias, out)
     if not _packs(weight):
         return lambda x: functional.linear(x, weight, bias)
     weight = weight.contiguous()
-    if "fbgemm" in torch.backends.quantized.supported_engines and fits_half(weight):
+    if "fbgemm" in torch.backends.quantized.supported_engines and native.fits_half(weight):
         # fp16 weights, fp32 inputs and sums: half the bytes to stream for a decode step
         half = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         half_product = torch.ops.quantized.linear_dynamic_fp16.default

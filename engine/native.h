@@ -6,11 +6,13 @@ rotary positions, attention over what each slice sees, gated MLP. engine/native.
 qualify; engine/fuse.py has the same layer in torch's operations, which tests hold this one to.
 
 In fp32 weights are fp16, everything else is fp32. In bf16 weights, keys and values are bf16; paired also what goes into a
-product, which takes two at a time then; everything else is fp32.
+product, which takes two at a time then; everything else is fp32. HALF is bf16 with products in fp16: what goes into a
+product with weights is scaled block by block, so that the largest of a block is between 1 and 2 and nothing overflows, and
+a block's sum is made in fp16 before it is added in fp32. That rounds about as much as bf16 does what goes into a product.
 
 All products are of one kind, attention's too: rows of input times a panel. A cell is what one lane multiplies at a time: a
 number, or two where products are paired. A panel is PANEL outputs side by side, for each cell of their inputs in turn:
-[outputs / PANEL][cells][PANEL]. Keys and values are brought into panels chunk by chunk, on the way to the second-level cache.
+[outputs / PANEL][cells][PANEL] (weights have WIDE in the place of PANEL). Keys and values are brought into panels chunk by chunk, on the way to the second-level cache.
 
 A row's sums are added in the same order however many rows share the call, so a token is computed as it would be alone
 (behind the branches of a tree its keys stand in other chunks, and the sums are rounded otherwise). */
@@ -20,9 +22,20 @@ A row's sums are added in the same order however many rows share the call, so a 
 #include <stdint.h>
 #include <string.h>
 
-#define PANEL (2 * LANES) /* outputs side by side; engine/native.py packs them so */
+#define PANEL (2 * LANES) /* outputs side by side */
+#if HALF
+#define BLOCK PANEL /* inputs whose products are added in fp16; their scale stands behind them */
+#define MANY 2      /* panels of weights that stand side by side, so that a register of each is in use */
+#define AHEAD 12288 /* bytes of weights fetched before they are needed; they go by too fast for the first-level cache */
+#define FETCHED _MM_HINT_T1
+#else
+#define BLOCK 1
+#define MANY 1
+#define AHEAD 6144
+#define FETCHED _MM_HINT_T0
+#endif
+#define WIDE (MANY * PANEL) /* engine/native.py packs weights so */
 #define FEW 96            /* rows whose input stays in the second-level cache while the panels pass */
-#define AHEAD 6144        /* bytes of weights fetched before they are needed */
 #define KEYS_AHEAD 32     /* keys that are fetched before they are needed */
 #define ALONE ROWS        /* query rows that attend without panels */
 #define TILE 48           /* tokens that one task of attention is about */
@@ -41,7 +54,7 @@ typedef __m256 Vector;
 #endif
 
 #if PAIRED
-typedef uint16_t Number; /* what goes into a product */
+typedef uint16_t Number; /* what goes into a product; HALF: with keys or values */
 typedef float Weight; /* a cell, whatever its bits mean */
 #define PAIR 2
 #else
@@ -70,11 +83,17 @@ typedef struct {
     Kept *const *buffers;                    /* each layer's keys and values [kv_heads, capacity, size] */
 } Slice;
 
-/* What an adapter adds to a product: the input times `down`, times `up`, both panels of cells; rank: in whole panels, or 0;
-cells: of a column of `up`, which holds no padding beyond a cell. */
+#if HALF
+typedef Weight Factor;
+#else
+typedef float Factor; /* a cell */
+#endif
+
+/* What an adapter adds to a product: the input times `down`, times `up`, both in panels; rank: in whole panels, or 0; cells:
+of a column of `up`, which holds no padding beyond a cell or a block. */
 typedef struct {
     int32_t rank, cells;
-    const float *down, *up;
+    const Factor *down, *up;
 } LowRank;
 
 enum { QKV, OUT, GATE_UP, DOWN, PRODUCTS };
@@ -276,11 +295,55 @@ static inline void cells_at(const float *panel, Vector *low, Vector *high) {
 }
 
 static void put_all(Number *to, const float *x, long count) {
+#if PAIRED
     for (long i = 0; i < count; i += LANES) put_some(to + i, some(x + i, count - i), count - i);
+#else
+    memcpy(to, x, count * sizeof *x);
+#endif
 }
 static void keep_all(Kept *to, const float *x, long count) {
     for (long i = 0; i < count; i += LANES) keep_some(to + i, some(x + i, count - i), count - i);
 }
+
+/* --- what goes into a product with weights --- */
+
+static inline long cells_of(long inputs) { return up(inputs, BLOCK) * BLOCK / PAIR; }
+static inline long row_size(long inputs) { return up(inputs, BLOCK) * (BLOCK + HALF); }
+
+#if HALF
+/* A block: each number in fp16 twice, because four bytes are had in all lanes for nothing; then their scale. */
+static inline void put_block(float *to, Vector low, Vector high) {
+    const Vector unsigned_ = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+    float largest = largest_of(_mm512_max_ps(_mm512_and_ps(low, unsigned_), _mm512_and_ps(high, unsigned_)));
+    float power = fminf(fmaxf(_mm_cvtss_f32(_mm_getexp_ss(_mm_setzero_ps(), _mm_set_ss(largest))), -100.0f), 100.0f);
+    Vector down = _mm512_set1_ps(-power);
+    Vector part[2] = {low, high};
+    for (int i = 0; i < 2; i++) {
+        __m512i half = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(_mm512_scalef_ps(part[i], down), _MM_FROUND_TO_NEAREST_INT));
+        _mm512_storeu_si512(to + i * LANES, _mm512_or_si512(half, _mm512_slli_epi32(half, 16)));
+    }
+    to[BLOCK] = _mm512_cvtss_f32(_mm512_scalef_ps(_mm512_set1_ps(1.0f), _mm512_set1_ps(power)));
+}
+
+/* Numbers at .. at + PANEL of a row. */
+static inline void put_inputs(Number *row, long at, Vector low, Vector high) {
+    put_block(row + at / BLOCK * (BLOCK + 1), low, high);
+}
+
+/* `count` numbers from `at` on, where a block begins; the last block is filled up. */
+static void put_row(Number *row, long at, const float *x, long count) {
+    for (long i = 0; i < count; i += PANEL) {
+        long left = count - i;
+        put_inputs(row, at + i, some(x + i, left), left > LANES ? some(x + i + LANES, left - LANES) : V(setzero)());
+    }
+}
+#else
+static inline void put_inputs(Number *row, long at, Vector low, Vector high) {
+    put(row + at, low);
+    put(row + at + LANES, high);
+}
+static void put_row(Number *row, long at, const float *x, long count) { put_all(row + at, x, count); }
+#endif
 
 /* --- products --- */
 
@@ -293,7 +356,7 @@ static void keep_all(Kept *to, const float *x, long count) {
         UNROLL for (int r = 0; r < R; r++) low[r] = high[r] = V(setzero)();                                            \
         for (long i = 0; i < cells; i++) {                                                                             \
             for (long line = 0; line < (long)sizeof(TYPE) * PANEL; line += 64)                                         \
-                _mm_prefetch(soon + i * step + line, _MM_HINT_T0);                                                     \
+                _mm_prefetch(soon + i * step + line, FETCHED);                                                         \
             Vector a, b;                                                                                               \
             LOAD(panel + i * PANEL, &a, &b);                                                                           \
             UNROLL for (int r = 0; r < R; r++) {                                                                       \
@@ -332,23 +395,72 @@ static void keep_all(Kept *to, const float *x, long count) {
 #define MORE(NAME, TYPE, LOAD)
 #define LISTED(NAME)
 #endif
-ALL_PRODUCTS(with_weights, Weight, weights_at)
 ALL_PRODUCTS(with_cells, float, cells_at)
+#if HALF
+/* The same for `P` of the panels that stand side by side and rows of blocks; `cells`: in whole blocks, their scales not among
+them. */
+#undef PRODUCT
+#define PRODUCT(NAME, TYPE, P, R)                                                                                      \
+    static void NAME##R(const TYPE *panel, const float *x, long apart, long cells, float *out, long stride,            \
+                        const char *soon, long step) {                                                                 \
+        UNROLL for (int r = 0; r < R; r++)                                                                             \
+            for (int i = 0; i < P * PANEL; i += LANES) _mm512_storeu_ps(out + r * stride + i, _mm512_setzero_ps());    \
+        for (; cells; cells -= BLOCK, x += BLOCK + 1) {                                                                \
+            __m512h sums[R][P];                                                                                        \
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sums[r][p] = _mm512_setzero_ph();    \
+            for (int i = 0; i < BLOCK; i++, panel += WIDE, soon += step) {                                             \
+                __m512h weights[P];                                                                                    \
+                UNROLL for (int p = 0; p < P; p++) {                                                                   \
+                    _mm_prefetch(soon + p * PANEL * (long)sizeof(TYPE), FETCHED);                                      \
+                    weights[p] = _mm512_loadu_ph(panel + p * PANEL);                                                   \
+                }                                                                                                      \
+                UNROLL for (int r = 0; r < R; r++) {                                                                   \
+                    __m512h value = (__m512h)_mm512_set1_ps(x[r * apart + i]);                                         \
+                    UNROLL for (int p = 0; p < P; p++) sums[r][p] = _mm512_fmadd_ph(value, weights[p], sums[r][p]);    \
+                }                                                                                                      \
+            }                                                                                                          \
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)                                      \
+                add_block(out + r * stride + p * PANEL, x[r * apart + BLOCK], sums[r][p]);                             \
+        }                                                                                                              \
+    }
 
-/* One panel's outputs of the rows from..to: x [rows, inputs] -> out [rows, stride], put there or added. `outputs`: of the
-whole weight, the last panel may hold fewer. Where rows share several passes over the panel, each fetches a part of the next. */
-static void panel_of(const Weight *weight, const float *bias, long panel, long outputs, long from, long to, const Number *x,
-                     long inputs, float *out, long stride, int add) {
-    float sums[ROWS][PANEL];
-    long cells = inputs / PAIR, groups = up(to - from, ROWS), first = panel * PANEL, columns = least(PANEL, outputs - first);
-    const Weight *own = weight + first * cells;
-    long line = PANEL * (long)sizeof(Weight), share = cells * line / groups;
+/* A block's sums, times its scale. */
+static inline void add_block(float *out, float scale, __m512h sums) {
+    __m512i bits = (__m512i)sums;
+    Vector low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits)), high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
+    _mm512_storeu_ps(out, _mm512_fmadd_ps(low, _mm512_set1_ps(scale), _mm512_loadu_ps(out)));
+    _mm512_storeu_ps(out + LANES, _mm512_fmadd_ps(high, _mm512_set1_ps(scale), _mm512_loadu_ps(out + LANES)));
+}
+ALL_PRODUCTS(with_one, Weight, 1)
+ALL_PRODUCTS(with_two, Weight, 2)
+typedef void (*const *Products)(const Weight *, const float *, long, long, float *, long, const char *, long);
+static const Products with_weights[MANY + 1] = {0, with_one, with_two};
+#define with_factors with_weights
+#else
+ALL_PRODUCTS(with_one, Weight, weights_at)
+typedef void (*const *Products)(const Weight *, const float *, long, long, float *, long, const char *, long);
+typedef void (*const *CellProducts)(const float *, const float *, long, long, float *, long, const char *, long);
+static const Products with_weights[MANY + 1] = {0, with_one};
+static const CellProducts with_factors[MANY + 1] = {0, with_cells};
+#endif
+
+/* Where a panel begins among those of a weight with so many cells. */
+static inline long start_of_panel(long panel, long cells) { return panel / MANY * cells * WIDE + panel % MANY * PANEL; }
+
+/* The outputs of `some` panels for the rows from..to: x [rows of `inputs`] -> out [rows, outputs], put there or added. The
+last panel may hold fewer. Where rows share several passes over the panels, each fetches a part of the next. */
+static void panels_of(const Weight *weight, const float *bias, long panel, long some, long outputs, long from, long to,
+                      const Number *x, long inputs, float *out, int add) {
+    float sums[ROWS][WIDE];
+    long cells = cells_of(inputs), row = row_size(inputs), groups = up(to - from, ROWS), first = panel * PANEL;
+    long columns = least(some * PANEL, outputs - first), line = WIDE * (long)sizeof(Weight), share = cells * line / groups;
+    const Weight *own = weight + start_of_panel(panel, cells);
     const char *soon = (const char *)own + (groups > 1 ? cells * line : AHEAD);
     for (long g = 0; g < groups; g++, soon += share) {
         long a = from + (to - from) * g / groups, b = from + (to - from) * (g + 1) / groups;
-        with_weights[b - a](own, (const float *)(x + a * inputs), cells, cells, sums[0], PANEL, soon, line / groups);
+        with_weights[some][b - a](own, (const float *)(x + a * row), row / PAIR, cells, sums[0], WIDE, soon, line / groups);
         for (long r = a; r < b; r++) {
-            float *at = out + r * stride + first;
+            float *at = out + r * outputs + first;
             for (int c = 0; c < columns; c++) {
                 float sum = sums[r - a][c] + (bias ? bias[first + c] : 0.0f);
                 at[c] = add ? at[c] + sum : sum;
@@ -360,63 +472,84 @@ static void panel_of(const Weight *weight, const float *bias, long panel, long o
 /* Where a block of rows begins: all are of one size, so that threads that take a block each are done together. */
 static inline long start_of_block(long rows, long block) { return rows * block / up(rows, FEW); }
 
-/* x [rows, inputs] -> out [rows, outputs]. */
-EXPORT void longstride_product(const Weight *weight, const float *bias, const Number *x, float *out, long rows, long inputs,
-                               long outputs, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-    for (long block = 0; block < up(rows, FEW); block++)
-        for (long panel = 0; panel < up(outputs, PANEL); panel++)
-            panel_of(weight, bias, panel, outputs, start_of_block(rows, block), start_of_block(rows, block + 1), x, inputs, out,
-                     outputs, 0);
-}
-
 /* What adapters act on in a product, and the inputs of a block of rows times `down`: each thread keeps its own while it goes
 through the panels of a block, so that no thread waits for another. */
 typedef struct {
     const Span *spans;
     int count;
-    long product, block;
-    float low[FEW * MOST];
+    long product, block; /* the block that `low` holds, or -1 */
+    float low[FEW * (MOST / BLOCK * (BLOCK + HALF))]; /* rows of MOST inputs */
 } Adapted;
 
 static void through_down(Adapted *adapted, const Number *x, long inputs, long from, long to) {
-    long cells = inputs / PAIR;
+    long cells = cells_of(inputs), row = row_size(inputs);
+    float sums[ROWS][MOST];
     for (int s = 0; s < adapted->count; s++) {
         const LowRank *low = adapted->spans[s].low + adapted->product;
         long last = least(to, adapted->spans[s].to);
         for (long a = adapted->spans[s].from > from ? adapted->spans[s].from : from; low->rank && a < last; a += ROWS) {
             long some = least(ROWS, last - a);
-            float *at = adapted->low + (a - from) * MOST;
-            for (long c = 0; c < low->rank; c += PANEL)
-                with_cells[some](low->down + c * cells, (const float *)(x + a * inputs), cells, cells, at + c, MOST,
-                                 (const char *)(low->down + c * cells) + AHEAD, PANEL * sizeof(float));
-            for (long r = 0; r < some; r++) put_all((Number *)(at + r * MOST), at + r * MOST, low->rank);
+            for (long c = 0; c < low->rank; c += WIDE)
+                with_factors[MANY][some](low->down + c * cells, (const float *)(x + a * row), row / PAIR, cells, sums[0] + c,
+                                         MOST, (const char *)(low->down + c * cells) + AHEAD, WIDE * sizeof(Factor));
+            for (long r = 0; r < some; r++)
+                put_row((Number *)adapted->low + (a - from + r) * row_size(MOST), 0, sums[r], low->rank);
         }
     }
 }
 
-/* `panel_of` for a block of all `rows`, and what adapters add to it. */
-static void adapted_panel(const Weight *weight, const float *bias, long panel, long outputs, long block, long rows,
-                          const Number *x, long inputs, float *out, int add, Adapted *adapted) {
-    long from = start_of_block(rows, block), to = start_of_block(rows, block + 1);
-    long columns = least(PANEL, outputs - panel * PANEL);
-    float sums[ROWS][PANEL];
-    panel_of(weight, bias, panel, outputs, from, to, x, inputs, out, outputs, add);
-    if (adapted->count && adapted->block != block) {
-        adapted->block = block;
-        through_down(adapted, x, inputs, from, to);
-    }
+/* What adapters add to `some` panels' outputs for the rows from..to. */
+static void adapt(Adapted *adapted, long panel, long some, long outputs, long from, long to, float *out) {
+    long columns = least(some * PANEL, outputs - panel * PANEL), row = row_size(MOST);
+    float sums[ROWS][WIDE];
     for (int s = 0; s < adapted->count; s++) {
         const LowRank *low = adapted->spans[s].low + adapted->product;
         long last = least(to, adapted->spans[s].to);
         for (long a = adapted->spans[s].from > from ? adapted->spans[s].from : from; low->rank && a < last; a += ROWS) {
-            long some = least(ROWS, last - a);
-            const float *own = low->up + panel * PANEL * low->cells;
-            with_cells[some](own, adapted->low + (a - from) * MOST, MOST, low->cells, sums[0], PANEL,
-                             (const char *)own + AHEAD, PANEL * sizeof(float));
-            for (long r = 0; r < some; r++)
+            long count = least(ROWS, last - a);
+            const Factor *own = low->up + start_of_panel(panel, low->cells);
+            const Number *inner = (const Number *)adapted->low + (a - from) * row;
+            with_factors[some][count](own, (const float *)inner, row / PAIR, low->cells, sums[0], WIDE, (const char *)own + AHEAD,
+                                      WIDE * sizeof(Factor));
+            for (long r = 0; r < count; r++)
                 for (long c = 0; c < columns; c++) out[(a + r) * outputs + panel * PANEL + c] += sums[r][c];
         }
+    }
+}
+
+/* x [rows of `inputs`] -> out [rows, outputs], put there or added, by all threads of a team: each has its share of the panels,
+a block of rows after the other. */
+static void multiply(const Weight *weight, const float *bias, const Number *x, long rows, long inputs, float *out, long outputs,
+                     int add, Adapted *adapted) {
+    long panels = up(outputs, PANEL), all = up(rows, FEW) * panels, threads = omp_get_num_threads();
+    long own = omp_get_thread_num(), end = all * (own + 1) / threads;
+    adapted->block = -1;
+    for (long task = all * own / threads, some; task < end; task += some) {
+        long block = task / panels, panel = task % panels;
+        long from = start_of_block(rows, block), to = start_of_block(rows, block + 1);
+        some = least(least(MANY - panel % MANY, panels - panel), end - task);
+        panels_of(weight, bias, panel, some, outputs, from, to, x, inputs, out, add);
+        if (!adapted->count) continue;
+        if (adapted->block != block) through_down(adapted, x, inputs, from, to);
+        adapted->block = block;
+        adapt(adapted, panel, some, outputs, from, to, out);
+    }
+#pragma omp barrier
+}
+
+/* Floats that `longstride_product` needs for each row. */
+EXPORT long longstride_row(long inputs) { return row_size(inputs); }
+
+/* x [rows, inputs] -> out [rows, outputs]. */
+EXPORT void longstride_product(const Weight *weight, const float *bias, const float *x, float *out, long rows, long inputs,
+                               long outputs, float *scratch, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Adapted none;
+        none.count = 0;
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; r++) put_row((Number *)scratch + r * row_size(inputs), 0, x + r * inputs, inputs);
+        multiply(weight, bias, (Number *)scratch, rows, inputs, out, outputs, 0, &none);
     }
 }
 
@@ -429,18 +562,19 @@ static void norm(const float *x, const float *weight, float epsilon, long size, 
         squares = V(fmadd)(part, part, squares);
     }
     Vector scale = V(set1)(1.0f / sqrtf(sum_of(squares) / (float)size + epsilon));
-    for (long i = 0; i < size; i += LANES) put(out + i, V(mul)(V(mul)(V(loadu)(x + i), scale), V(loadu)(weight + i)));
+    for (long i = 0; i < size; i += PANEL) {
+        Vector low = V(mul)(V(mul)(V(loadu)(x + i), scale), V(loadu)(weight + i));
+        Vector high = V(mul)(V(mul)(V(loadu)(x + i + LANES), scale), V(loadu)(weight + i + LANES));
+        put_inputs(out, i, low, high);
+    }
 }
 
-/* gate and up [PANEL] -> gate * sigmoid(gate) * up */
-static inline void gated(const float *gate, const float *up, Number *out) {
-    for (int i = 0; i < PANEL; i += LANES) {
-        Vector g = V(loadu)(gate + i);
-        /* below -87 e^-g would overflow; there the product is 0 up to rounding */
-        Vector e = exponential(V(min)(V(sub)(V(setzero)(), g), V(set1)(87.0f)));
-        Vector y = V(div)(g, V(add)(V(set1)(1.0f), e));
-        put(out + i, V(mul)(y, V(loadu)(up + i)));
-    }
+/* gate [LANES] * sigmoid(gate) * up [LANES] */
+static inline Vector gated(const float *gate, const float *up) {
+    Vector g = V(loadu)(gate);
+    /* below -87 e^-g would overflow; there the product is 0 up to rounding */
+    Vector e = exponential(V(min)(V(sub)(V(setzero)(), g), V(set1)(87.0f)));
+    return V(mul)(V(div)(g, V(add)(V(set1)(1.0f), e)), V(loadu)(up));
 }
 
 /* A head [size] rotated by its token's angles: x1 cos - x2 sin, x2 cos + x1 sin, for the halves x1 and x2; and scaled. */
@@ -754,9 +888,10 @@ static void attend(const Layer *layer, const Task *task, const Task *next, const
     else attend_sized(size, &a, &s, own + panels_at(layer));
 }
 
-/* Bring a query row's parts [chunks] (`apart` floats from one to the next) together. */
-static void merge(const float *part, long chunks, long apart, long stride, long size, Number *out) {
-    float most = -INFINITY, sum = 0.0f, all[MOST] = {0};
+/* Bring a query row's parts [chunks] (`apart` floats from one to the next) together -> all [size]. */
+static void merge(const float *part, long chunks, long apart, long stride, long size, float *all) {
+    float most = -INFINITY, sum = 0.0f;
+    memset(all, 0, size * sizeof *all);
     for (long c = 0; c < chunks; c++) most = fmaxf(most, part[c * apart + stride - 1]);
     for (long c = 0; c < chunks; c++) {
         const float *own = part + c * apart;
@@ -765,25 +900,31 @@ static void merge(const float *part, long chunks, long apart, long stride, long 
         for (int i = 0; i < size; i++) all[i] += weight * own[i];
     }
     for (int i = 0; i < size; i++) all[i] /= sum;
-    put_all(out, all, size);
+}
+
+/* Heads whose outputs fill whole blocks together: sizes are whole eights. */
+static long together(long size) {
+    long heads = 1;
+    while (heads * size % BLOCK) heads *= 2;
+    return heads;
 }
 
 /* --- the layers --- */
 
-/* Where things stand in the scratch memory, in floats. */
+/* Where things stand in the scratch memory, in floats; a number takes as many as one at most. */
 typedef struct {
     long normed, qkv, query, seen, gate_up, inner, own, parts, end;
 } Places;
 
 static Places places(const Layer *layer, long rows, const Tile *end, int threads) {
-    long wide = rows * layer->heads * layer->size;
+    long wide = layer->heads * layer->size;
     Places p = {0};
-    p.qkv = p.normed + rows * layer->hidden; /* numbers take as many floats at most */
+    p.qkv = p.normed + rows * row_size(layer->hidden);
     p.query = p.qkv + rows * (layer->heads + 2 * layer->kv_heads) * layer->size;
-    p.seen = p.query + wide;
-    p.gate_up = p.seen + wide;
+    p.seen = p.query + rows * wide;
+    p.gate_up = p.seen + rows * row_size(wide);
     p.inner = p.gate_up + rows * 2 * layer->inner;
-    p.own = p.inner + rows * layer->inner;
+    p.own = p.inner + rows * row_size(layer->inner);
     p.parts = p.own + threads * room(layer);
     p.end = p.parts + end->part;
     return p;
@@ -802,17 +943,15 @@ EXPORT long longstride_scratch(const Layer *layer, long rows, const Slice *slice
 static void run(const Layer *layer, float *x, long rows, const float *cosine, const float *sine, const Slice *slices,
                 const Tile *tiles, long many, Adapted *adapted, long product, float *scratch, Places place) {
     long hidden = layer->hidden, inner = layer->inner, size = layer->size, heads = layer->heads, kv = layer->kv_heads;
-    long group = heads / kv, width = (heads + 2 * kv) * size, blocks = up(rows, FEW), stride = part_size(layer);
+    long group = heads / kv, width = (heads + 2 * kv) * size, stride = part_size(layer);
+    long row_in = row_size(hidden), row_seen = row_size(heads * size), row_mid = row_size(inner), some = together(size);
     Number *normed = (Number *)(scratch + place.normed), *query = (Number *)(scratch + place.query);
     Number *seen = (Number *)(scratch + place.seen), *mid = (Number *)(scratch + place.inner);
     float *qkv = scratch + place.qkv, *both = scratch + place.gate_up, *parts = scratch + place.parts;
 #pragma omp for schedule(static)
-    for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_in, layer->epsilon_in, hidden, normed + r * hidden);
-    adapted->product = product + QKV, adapted->block = -1;
-#pragma omp for schedule(static) collapse(2)
-    for (long block = 0; block < blocks; block++)
-        for (long panel = 0; panel < up(width, PANEL); panel++)
-            adapted_panel(layer->qkv, layer->qkv_bias, panel, width, block, rows, normed, hidden, qkv, 0, adapted);
+    for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_in, layer->epsilon_in, hidden, normed + r * row_in);
+    adapted->product = product + QKV;
+    multiply(layer->qkv, layer->qkv_bias, normed, rows, hidden, qkv, width, 0, adapted);
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) {
         const float *own = qkv + r * width, *turn = cosine + r * size, *angle = sine + r * size;
@@ -840,35 +979,33 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
                scratch + place.own + omp_get_thread_num() * room(layer),
                parts + own->part + (task.chunk * kv + task.kv) * own->tokens * group * stride);
     }
-#pragma omp for schedule(static)
-    for (long task = 0; task < rows * heads; task++) {
-        const Tile *own = tiles;
-        long row = task / heads, h = task % heads;
-        while (row >= own[1].row) own++;
-        merge(parts + own->part + (h / group * own->tokens * group + (row - own->row) * group + h % group) * stride, own->chunks,
-              heads * own->tokens * stride, stride, size, seen + (row * heads + h) * size);
-    }
-    adapted->product = product + OUT, adapted->block = -1;
 #pragma omp for schedule(static) collapse(2)
-    for (long block = 0; block < blocks; block++)
-        for (long panel = 0; panel < up(hidden, PANEL); panel++)
-            adapted_panel(layer->out, layer->out_bias, panel, hidden, block, rows, seen, heads * size, x, 1, adapted);
+    for (long row = 0; row < rows; row++)
+        for (long first = 0; first < heads; first += some) {
+            const Tile *own = tiles;
+            float merged[(BLOCK + 7) / 8 * MOST], *end = merged;
+            while (row >= own[1].row) own++;
+            for (long h = first; h < least(first + some, heads); h++, end += size) {
+                const float *part = parts + own->part;
+                part += (h / group * own->tokens * group + (row - own->row) * group + h % group) * stride;
+                merge(part, own->chunks, heads * own->tokens * stride, stride, size, end);
+            }
+            put_row(seen + row * row_seen, first * size, merged, end - merged);
+        }
+    adapted->product = product + OUT;
+    multiply(layer->out, layer->out_bias, seen, rows, heads * size, x, hidden, 1, adapted);
 #pragma omp for schedule(static)
-    for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_mlp, layer->epsilon_mlp, hidden, normed + r * hidden);
-    adapted->product = product + GATE_UP, adapted->block = -1;
-#pragma omp for schedule(static) collapse(2)
-    for (long block = 0; block < blocks; block++)
-        for (long panel = 0; panel < up(2 * inner, PANEL); panel++)
-            adapted_panel(layer->gate_up, layer->gate_up_bias, panel, 2 * inner, block, rows, normed, hidden, both, 0, adapted);
+    for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_mlp, layer->epsilon_mlp, hidden, normed + r * row_in);
+    adapted->product = product + GATE_UP;
+    multiply(layer->gate_up, layer->gate_up_bias, normed, rows, hidden, both, 2 * inner, 0, adapted);
 #pragma omp for schedule(static) collapse(2)
     for (long r = 0; r < rows; r++)
-        for (long at = 0; at < inner; at += PANEL)
-            gated(both + r * 2 * inner + at, both + r * 2 * inner + inner + at, mid + r * inner + at);
-    adapted->product = product + DOWN, adapted->block = -1;
-#pragma omp for schedule(static) collapse(2)
-    for (long block = 0; block < blocks; block++)
-        for (long panel = 0; panel < up(hidden, PANEL); panel++)
-            adapted_panel(layer->down, layer->down_bias, panel, hidden, block, rows, mid, inner, x, 1, adapted);
+        for (long at = 0; at < inner; at += PANEL) {
+            const float *gate = both + r * 2 * inner + at, *up = gate + inner;
+            put_inputs(mid + r * row_mid, at, gated(gate, up), gated(gate + LANES, up + LANES));
+        }
+    adapted->product = product + DOWN;
+    multiply(layer->down, layer->down_bias, mid, rows, inner, x, hidden, 1, adapted);
 }
 
 /* x [rows, hidden], the tokens of all slices one behind the other, becomes the output of `depth` layers of one shape. cosine,

@@ -55,44 +55,61 @@ class _Span(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """One build of native.h. `dtype`: of the model and its cache; `number`: of what goes into a product; `panel`:
-    outputs side by side; `rows`: of input that share a pass over the weights."""
+    """One build of native.h. `dtype`: of the model and its cache; `number`: of what goes into a product; `width`: of
+    two registers, in fp32; `rows`: of input that share a pass over the weights."""
 
     name: str
     dtype: torch.dtype
     number: torch.dtype
-    panel: int
+    width: int
     rows: int
     calls: Any
 
     @property
     def kept(self) -> torch.dtype:
         """What the model's weights are kept in."""
-        return torch.float16 if self.dtype == torch.float32 else self.dtype
+        return torch.float16 if torch.float32 == self.dtype or torch.float16 == self.number else self.dtype
 
     @property
     def pair(self) -> int:
         """Numbers of a cell."""
         return 2 if self.number == torch.bfloat16 else 1
 
+    @property
+    def block(self) -> int:
+        """Numbers that are multiplied as a whole: cells, or those that share a scale."""
+        return self.width if self.number == torch.float16 else self.pair
+
+    @property
+    def panel(self) -> int:
+        """Outputs of a weight that stand side by side."""
+        return 2 * self.width if self.number == torch.float16 else self.width
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether a weight can be kept here: in fp32 without loss, in bf16 without one that bf16 would notice."""
+        if self.kept == weight.dtype:
+            return weight.shape[1] % self.pair == 0
+        return fits_half(weight) if self.dtype == torch.float32 else fits_half(weight, 1e-4) and largest(weight) < 1000
+
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight [out, in] as panels of whole cells [out / panel, in / pair, panel, pair], filled up with zeros.
+        """A weight [out, in] as panels of whole blocks [out / panel, in / pair, panel, pair], filled up with zeros.
 
         bf16 that is multiplied in fp32: each output of a panel's first half stands before one of its second, so that
         two instructions make numbers of both.
         """
         outputs, inputs = weight.shape
-        padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % self.panel))
-        panels = padded.view(-1, self.panel, inputs // self.pair, self.pair).transpose(1, 2)
+        padded = torch.nn.functional.pad(weight, (0, -inputs % self.block, 0, -outputs % self.panel))
+        panels = padded.view(-1, self.panel, padded.shape[1] // self.pair, self.pair).transpose(1, 2)
         if weight.dtype == torch.bfloat16 != self.number:
             panels = panels.reshape(*panels.shape[:2], 2, -1, self.pair).transpose(2, 3).flatten(2, 3)
         return panels.contiguous()
 
 
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
-# name, dtype, number, panel, rows, what the processor must have
+# name, dtype, number, width, rows, what the processor must have
 _BUILDS = (
     ("bf16", torch.bfloat16, torch.bfloat16, 32, 14, (*_AVX512, "avx512_bf16")),
+    ("bf16_fp16", torch.bfloat16, torch.float16, 32, 14, (*_AVX512, "avx512_fp16")),
     ("bf16_fp32", torch.bfloat16, torch.float32, 32, 14, _AVX512),
     ("avx512", torch.float32, torch.float32, 32, 14, _AVX512),
     ("avx2", torch.float32, torch.float32, 16, 6, ("avx2",)),  # whatever has it has FMA and F16C
@@ -100,7 +117,7 @@ _BUILDS = (
 
 
 def _load(
-    name: str, dtype: torch.dtype, number: torch.dtype, panel: int, rows: int, needs: Sequence[str]
+    name: str, dtype: torch.dtype, number: torch.dtype, width: int, rows: int, needs: Sequence[str]
 ) -> Library | None:
     """A build, or None where it was not made or this processor lacks its instructions."""
     spec = importlib.util.find_spec(f"longstride.engine._native_{name}")
@@ -113,13 +130,14 @@ def _load(
         log.warning("the compiled layer cannot be loaded (%s); torch's operations take its place, slower", error)
         return None
     long, short = ctypes.c_long, ctypes.c_int
-    calls.longstride_product.argtypes = [Pointer, Pointer, Pointer, Pointer, long, long, long, short]
+    calls.longstride_row.argtypes, calls.longstride_row.restype = [long], long
+    calls.longstride_product.argtypes = [Pointer, Pointer, Pointer, Pointer, long, long, long, Pointer, short]
     calls.longstride_scratch.argtypes = [Pointer, long, Pointer, short, short]
     calls.longstride_scratch.restype = long
     calls.longstride_layers.argtypes = [
         Pointer, short, Pointer, long, Pointer, Pointer, Pointer, short, Pointer, short, Pointer, short
     ]  # fmt: skip
-    return Library(name, dtype, number, panel, rows, calls)
+    return Library(name, dtype, number, width, rows, calls)
 
 
 LIBRARIES = tuple(filter(None, (_load(*build) for build in _BUILDS)))
@@ -136,12 +154,14 @@ def library(dtype: torch.dtype) -> Library | None:
 @cache
 def _seconds(library: Library) -> float:
     """What a product takes whose weights stay in the caches. Which build is faster depends on the processor: bf16's
-    instruction takes AMD's half the time that fp32 takes, and Intel's twice (measured: Zen 5, Emerald Rapids)."""
-    product, x = Packed(library, torch.zeros(512, 512), None), torch.zeros(24, 512)
+    instruction takes AMD's half the time that fp32 takes, and Intel's twice (measured: Zen 5, Emerald Rapids).
+
+    On one thread: waiting for others would take longer than the product."""
+    product, x = Packed(library, torch.zeros(512, 512), None), torch.zeros(56, 512)
     times = []
     for _ in range(20):
         began = time.perf_counter()
-        product(x)
+        product(x, threads=1)
         times.append(time.perf_counter() - began)
     return min(times)
 
@@ -156,15 +176,17 @@ class Packed:
         self.library = library
         self.outputs, self.inputs = weight.shape
         self.panels = library.pack(weight.to(library.kept))
+        self._row = library.calls.longstride_row(self.inputs)
         self.bias = None if bias is None else bias.float().contiguous()
         self.out = library.dtype if out is None else out
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self.library.number).contiguous()
-        out = torch.empty(*x.shape[:-1], self.outputs)
+    def __call__(self, x: torch.Tensor, threads: int | None = None) -> torch.Tensor:
+        x = x.float().contiguous()
+        rows, out = x.numel() // self.inputs, torch.empty(*x.shape[:-1], self.outputs)
+        scratch = torch.empty(rows * self._row)
         self.library.calls.longstride_product(
-            self.panels.data_ptr(), _address(self.bias), x.data_ptr(), out.data_ptr(), x.numel() // self.inputs,
-            self.inputs, self.outputs, torch.get_num_threads(),
+            self.panels.data_ptr(), _address(self.bias), x.data_ptr(), out.data_ptr(), rows, self.inputs, self.outputs,
+            scratch.data_ptr(), threads or torch.get_num_threads(),
         )  # fmt: skip
         return out.to(self.out)
 
@@ -244,9 +266,9 @@ class Layers:
         if factors is None:
             return 0, 0, None, None
         down, up = (factor.T.to(self.library.number) for factor in factors)
-        rank, pair = len(down), self.library.pair
-        up = torch.nn.functional.pad(up, (0, -rank % pair))
-        return rank + -rank % self.library.panel, up.shape[1] // pair, self.library.pack(down), self.library.pack(up)
+        rank, library = len(down), self.library
+        cells = (rank + -rank % library.block) // library.pair
+        return rank + -rank % library.panel, cells, library.pack(down), library.pack(up)
 
 
 def _slices(plan: Sequence[Slice]) -> tuple[Any, object]:
@@ -277,7 +299,7 @@ def layer(
     if len(packed) < len(products) or shape.key_size % 8 or shape.key_size > MOST:
         return None
     library, hidden, inner = packed[0].library, packed[0].inputs, packed[-1].inputs
-    if hidden % library.panel or inner % library.panel or any(one.library is not library for one in packed):
+    if hidden % library.width or inner % library.width or any(one.library is not library for one in packed):
         return None
     weights = [weight.float().contiguous() for weight, _ in norms]
     # in one buffer, because the system maps large ones by large pages, which are read faster
@@ -290,6 +312,21 @@ def layer(
         *(_address(one.bias) for one in packed),
     )  # fmt: skip
     return Layer(library, own, list(products), (weights, packed))
+
+
+def fits_half(weight: torch.Tensor, loss: float = 1e-7) -> bool:
+    """Whether fp16 holds these weights, but for `loss` of the largest: as much as nothing for checkpoints stored in
+    fp16 or bf16.
+
+    The smallest of bf16 are rounded, by less than what fp32 rounds in any product with the largest.
+    """
+    return largest(weight.half().float().sub_(weight)) <= loss * largest(weight)
+
+
+def largest(weight: torch.Tensor) -> float:
+    """The largest of these numbers, whatever its sign."""
+    low, high = torch.aminmax(weight)
+    return max(-float(low), float(high))
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -92,3 +92,8 @@ class ByteTokenizer:
 def tiny_assistant_model(kind: str = "llama") -> Model:
     """A tiny model as `Assistant.open(model=...)` takes it."""
     return Model(f"tiny-{kind}", tiny_model(kind)[1], ByteTokenizer(), f"fingerprint of {kind}", "bytes")
+
+
+def halved(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random numbers in fp32 that fp16 holds without loss."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).half().float()
