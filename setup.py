@@ -1,6 +1,7 @@
 """The compiled part; all else about the package stands in pyproject.toml."""
 
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -21,7 +22,7 @@ setup(
         Extension(
             f"longstride.engine._native_{name}",
             [f"engine/native_{name}.c"],
-            depends=["engine/native.h"],
+            depends=sorted(map(str, Path("engine").glob("native*.h"))),
             # OpenMP's functions are not linked: they are those of torch, so that both share one pool of threads
             extra_compile_args=["-O3", *flags, "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing"],
             optional=True,  # without a compiler for it, torch's operations do the same

@@ -1,0 +1,80 @@
+/* Attention in fp16: 64 keys at a time. */
+
+/* bf16 as fp16, times 2^up: three more bits behind the point, three fewer before it. Without rounding from 2^-14 on; less than
+that loses up to 2^-15, more than fp16 holds becomes the most it does. */
+static inline __m512i halves_of(__m512i x, int up) {
+    const __m512i sign = _mm512_set1_epi16((short)0x8000), lowest = _mm512_set1_epi16((short)((127 - 15 - up) << 7));
+    __m512i size = _mm512_subs_epu16(_mm512_andnot_si512(sign, x), lowest);
+    size = _mm512_slli_epi16(_mm512_min_epu16(size, _mm512_set1_epi16((30 << 7) + 127)), 3);
+    return _mm512_ternarylogic_epi32(size, x, sign, 0xf8); /* size | x & sign */
+}
+
+/* `some` panels of keys [*, size]: their numbers one below the other. */
+static INLINE void pack_keys(const Kept *keys, const int32_t *rows, long count, long size, long some, Weight *panels) {
+    for (long k = 0; k < some * PANEL; k += PANEL) {
+        for (long c = 0; c < size; c += 2 * LANES) {
+            Vector low[LANES], high[LANES];
+            for (int i = 0; i < LANES; i++) {
+                low[i] = word_of(keys, rows, k + 2 * i, count, size, c / 2);
+                high[i] = word_of(keys, rows, k + 2 * i + 1, count, size, c / 2);
+            }
+            transpose(low);
+            transpose(high);
+            UNROLL for (int i = 0; i < LANES; i++) { /* a word: two numbers of an even key, or of an odd one */
+                __m512i even = (__m512i)low[i], odd = (__m512i)high[i], mask = _mm512_set1_epi32(0xffff);
+                __m512i first = _mm512_ternarylogic_epi32(_mm512_slli_epi32(odd, 16), even, mask, 0xf8);
+                __m512i second = _mm512_ternarylogic_epi32(_mm512_srli_epi32(even, 16), odd, mask, 0xf4); /* | odd & ~mask */
+                _mm512_storeu_si512(panels + (c + 2 * i) * WIDE + k, halves_of(first, 0));
+                _mm512_storeu_si512(panels + (c + 2 * i + 1) * WIDE + k, halves_of(second, 0));
+            }
+        }
+    }
+}
+
+/* `some` panels of columns of values, for `keys` keys in whole blocks. */
+static INLINE void pack_values(const Kept *values, const int32_t *rows, long count, long size, long column, long some,
+                               long keys, Weight *panels) {
+    for (long k = 0; k < keys; k++)
+        for (long at = 0; at < some * PANEL; at += PANEL) {
+            long left = k < count ? size - column - at : 0;
+            __mmask32 there = left < PANEL ? (1u << left) - 1 : ~0u;
+            __m512i x = _mm512_maskz_loadu_epi16(there, values + rows[least(k, count - 1)] * size + column + at);
+            _mm512_storeu_si512(panels + k * WIDE + at, halves_of(x, VALUES_UP));
+        }
+}
+
+/* The rows of a query times panels; what is read next is fetched meanwhile, `bytes` in all. */
+static INLINE void through_panels(const Attention *a, const Weight *panels, long some, const float *x, long apart, long cells,
+                                  float *out, long stride, const Kept *next, long bytes) {
+    long groups = up(a->rows, ROWS), share = bytes / groups;
+    for (long g = 0; g < groups; g++) {
+        long r = a->rows * g / groups, end = a->rows * (g + 1) / groups;
+        with_weights[some][end - r](panels, x + r * apart, apart, cells, out + r * stride, stride,
+                                    (const char *)next + g * share, share / cells);
+    }
+}
+
+/* Keys in scores, scores in weights, values into `part`, panels by panels. */
+static INLINE void attend_sized(long size, const Attention *a, const Sight *s, float *room) {
+    long cells = cells_of(size), row = row_size(size), bytes = WIDE * size * (long)sizeof(Kept);
+    Weight *panels = (Weight *)room;
+    clear(a->scores, a->rows, up(a->count, PANEL) * PANEL, SCORES);
+    for (long k = 0; k < a->count; k += WIDE) {
+        const Kept *next = k + WIDE < a->count ? a->keys + a->seen[k + WIDE] * size : a->values + a->seen[0] * size;
+        long some = up(least(WIDE, a->count - k), PANEL);
+        pack_keys(a->keys, a->seen + k, a->count - k, size, some, panels);
+        through_panels(a, panels, some, a->query, row, cells, a->scores + k, SCORES, next, bytes);
+    }
+    weigh_all(a, s);
+    clear(a->part, a->rows, a->stride - 2, a->stride);
+    for (long k = 0; k < a->count; k += WIDE) {
+        const Kept *next = k + WIDE < a->count ? a->values + a->seen[k + WIDE] * size : (const Kept *)a->soon;
+        long keys = up(least(WIDE, a->count - k), BLOCK) * BLOCK;
+        for (long column = 0; column < size; column += WIDE) {
+            long some = up(least(WIDE, size - column), PANEL);
+            pack_values(a->values, a->seen + k, a->count - k, size, column, some, keys, panels);
+            through_panels(a, panels, some, block_at(a->scores, k), SCORES, keys, a->part + column, a->stride,
+                           next + column * WIDE, bytes / up(size, WIDE));
+        }
+    }
+}
