@@ -59,12 +59,18 @@ class Product:
     `out`: the dtype of the outputs, if another than the weights' is to be had.
     """
 
-    def __init__(self, layers: dict[str, Any], adapted: Adapted, out: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        layers: dict[str, Any],
+        adapted: Adapted,
+        library: native.Library | None,
+        out: torch.dtype | None = None,
+    ) -> None:
         weights = [_weight(layer) for layer in layers.values()]
         self.name = next(iter(layers))
         self.inputs: int = weights[0].shape[1]
         self.sizes = {path: weight.shape[0] for path, weight in zip(layers, weights, strict=True)}
-        self.run = _linear(weights, [layer.bias for layer in layers.values()], out)
+        self.run = _linear(library, weights, [layer.bias for layer in layers.values()], out)
         self.adapted = adapted
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,11 +86,11 @@ def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
     What it computes stays the same up to rounding. Unusual layers are left as they are. Returns the products that
     adapters can act on, by the paths of the layers they stand for.
     """
-    signed = _Signed()
+    signed, library = _Signed(), _library(model)
     products: dict[str, Product] = {}
 
     def replace(path: str, layers: nn.ModuleList, at: int) -> None:
-        block = Block(layers[at], signed, f"{path}.{at}", adapted)
+        block = Block(layers[at], signed, f"{path}.{at}", adapted, library)
         if _agree(layers[at], block, model.dtype, model.device):
             layers[at] = block
             products.update({part: product for product in block.products for part in product.sizes})
@@ -107,11 +113,19 @@ def fuse(model: Any, adapted: Adapted) -> dict[str, Product]:
             if type(child) in (nn.Linear, Conv1D):
                 # logits keep what their sums have: in bf16 near ones would be the same number
                 wide = torch.float32 if child is head else None
-                product = Product({f"{path}.{name}" if path else name: child}, adapted, wide)
+                product = Product({f"{path}.{name}" if path else name: child}, adapted, library, wide)
                 setattr(module, name, _Layer(product))
                 if child is not head:  # it sees the rows whose logits are wanted only
                     products[product.name] = product
     return products
+
+
+def _library(model: Any) -> native.Library | None:
+    """What compiles `model`: in bf16 all of it, in fp32 each layer that it holds."""
+    if model.device.type != "cpu":
+        return None
+    linear = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    return native.library(model.dtype, [_weight(x) for x in linear] if model.dtype == torch.bfloat16 else ())
 
 
 def rows_at_once(model: Any) -> int:
@@ -168,14 +182,16 @@ class Stack(nn.Module):
 class Block(nn.Module):
     """One layer: hidden [1, T, h] -> [1, T, h], as transformers' decoder layers are called."""
 
-    def __init__(self, layer: Any, signed: "_Signed", path: str, adapted: Adapted) -> None:
+    def __init__(
+        self, layer: Any, signed: "_Signed", path: str, adapted: Adapted, library: native.Library | None
+    ) -> None:
         super().__init__()
         self.signed = signed
         self.adapted = adapted
         attention, mlp = layer.self_attn, layer.mlp
 
         def product(*names: str) -> Product:
-            return Product({f"{path}.{name}": layer.get_submodule(name) for name in names}, adapted)
+            return Product({f"{path}.{name}": layer.get_submodule(name) for name in names}, adapted, library)
 
         self.index: int = attention.layer_idx
         self.head_size: int = attention.head_dim
@@ -285,7 +301,12 @@ def _weight(layer: Any) -> torch.Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def _linear(weights: list[torch.Tensor], biases: list[torch.Tensor | None], out: torch.dtype | None = None) -> Linear:
+def _linear(
+    library: native.Library | None,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    out: torch.dtype | None = None,
+) -> Linear:
     """The product with several layers' weights joined, one layer's outputs behind the other's; a compiled one's in
     `out`."""
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -293,8 +314,7 @@ def _linear(weights: list[torch.Tensor], biases: list[torch.Tensor | None], out:
     if any(part is not None for part in biases):
         pairs = zip(weights, biases, strict=True)
         bias = torch.cat([own.new_zeros(len(own)) if part is None else part.detach() for own, part in pairs])
-    library = native.library(weight.dtype) if weight.device.type == "cpu" else None
-    if library is not None and library.holds(weight):
+    if library is not None and library.dtype == weight.dtype and library.holds(weight):
         return native.Packed(library, weight, bias, out)
     if not _packs(weight):
         return lambda x: functional.linear(x, weight, bias)

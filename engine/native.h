@@ -90,7 +90,7 @@ typedef Weight Factor;
 typedef float Factor; /* a cell */
 #endif
 
-/* What an adapter adds to a product: the input times `down`, times `up`, both in panels; rank: in whole panels, or 0; cells:
+/* What an adapter adds to a product: the input times `down`, times `up`, both in panels; rank: in whole WIDE, or 0; cells:
 of a column of `up`, which holds no padding beyond a cell or a block. */
 typedef struct {
     int32_t rank, cells;
@@ -133,12 +133,12 @@ static void norm(const float *x, const float *weight, float epsilon, long size, 
     }
 }
 
-/* gate [LANES] * sigmoid(gate) * up [LANES] */
-static inline Vector gated(const float *gate, const float *up) {
+/* gate [LANES] * sigmoid(gate) * other [LANES] */
+static inline Vector gated(const float *gate, const float *other) {
     Vector g = V(loadu)(gate);
     /* below -87 e^-g would overflow; there the product is 0 up to rounding */
-    Vector e = exponential(V(min)(V(sub)(V(setzero)(), g), V(set1)(87.0f)));
-    return V(mul)(V(div)(g, V(add)(V(set1)(1.0f), e)), V(loadu)(up));
+    Vector e = exponential(V(min)(V(sub)(V(setzero)(), g), V(set1)(87.0f)), 0.0f);
+    return V(mul)(V(div)(g, V(add)(V(set1)(1.0f), e)), V(loadu)(other));
 }
 
 /* A head [size] rotated by its token's angles: x1 cos - x2 sin, x2 cos + x1 sin, for the halves x1 and x2; and scaled. */
@@ -242,8 +242,8 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
 #pragma omp for schedule(static) collapse(2)
     for (long r = 0; r < rows; r++)
         for (long at = 0; at < inner; at += PANEL) {
-            const float *gate = both + r * 2 * inner + at, *up = gate + inner;
-            put_inputs(mid + r * row_mid, at, gated(gate, up), gated(gate + LANES, up + LANES));
+            const float *gate = both + r * 2 * inner + at, *other = gate + inner;
+            put_inputs(mid + r * row_mid, at, gated(gate, other), gated(gate + LANES, other + LANES));
         }
     adapted->product = product + DOWN;
     multiply(layer->down, layer->down_bias, mid, rows, inner, x, hidden, 1, adapted);

@@ -23,6 +23,7 @@ from longstride.engine.attention import Slice
 from longstride.engine.cache import LayerShape
 
 MOST = 256  # the largest size of a head, the largest rank of an adapter; as in native.h
+SMALLEST, LARGEST = 3e-4, 1000.0  # what the largest of bf16's weights may be that fp16 is to hold
 
 log = logging.getLogger("longstride")
 Pointer = ctypes.c_void_p
@@ -68,7 +69,7 @@ class Library:
     @property
     def kept(self) -> torch.dtype:
         """What the model's weights are kept in."""
-        return torch.float16 if torch.float32 == self.dtype or torch.float16 == self.number else self.dtype
+        return torch.float16 if self.dtype == torch.float32 or self.number == torch.float16 else self.dtype
 
     @property
     def pair(self) -> int:
@@ -86,10 +87,17 @@ class Library:
         return 2 * self.width if self.number == torch.float16 else self.width
 
     def holds(self, weight: torch.Tensor) -> bool:
-        """Whether a weight can be kept here: in fp32 without loss, in bf16 without one that bf16 would notice."""
-        if self.kept == weight.dtype:
-            return weight.shape[1] % self.pair == 0
-        return fits_half(weight) if self.dtype == torch.float32 else fits_half(weight, 1e-4) and largest(weight) < 1000
+        """Whether a weight can be kept here: of fp32 without loss; of bf16 without one that bf16 would notice.
+
+        Weights of bf16 are fp16 without loss too, but for those below 2^-14, which lose up to 2^-25; and 32 products
+        with inputs below 2 must not overflow.
+        """
+        if self.dtype == torch.float32:
+            return fits_half(weight)
+        if self.number == torch.float16:
+            most = largest(weight)
+            return most == 0 or SMALLEST <= most < LARGEST
+        return weight.shape[1] % self.pair == 0
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight [out, in] as panels of whole blocks [out / panel, in / pair, panel, pair], filled up with zeros.
@@ -144,11 +152,12 @@ LIBRARIES = tuple(filter(None, (_load(*build) for build in _BUILDS)))
 _choosing = threading.Lock()
 
 
-def library(dtype: torch.dtype) -> Library | None:
-    """The fastest build for weights of `dtype` on this CPU. A process has one answer: weights that one build packed
-    mean nothing to another, and models are packed by several threads."""
-    with _choosing:
-        return min((one for one in LIBRARIES if one.dtype == dtype), key=_seconds, default=None)
+def library(dtype: torch.dtype, weights: Sequence[torch.Tensor] = ()) -> Library | None:
+    """The fastest build for a model of `dtype` on this CPU, of those that hold all these weights. A model has one:
+    weights that one build packed mean nothing to another."""
+    with _choosing:  # measurements beside each other would say little
+        ranked = sorted((one for one in LIBRARIES if one.dtype == dtype), key=_seconds)
+    return next((one for one in ranked if all(map(one.holds, weights))), None)
 
 
 @cache
@@ -167,8 +176,8 @@ def _seconds(library: Library) -> float:
 
 
 class Packed:
-    """The product with a weight [out, in] in a library's panels, `in` even: x [..., in] -> [..., out] in `out`, fp32 or
-    the library's dtype."""
+    """The product with a weight [out, in] that a library holds, in its panels: x [..., in] -> [..., out] in `out`,
+    fp32 or the library's dtype."""
 
     def __init__(
         self, library: Library, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.dtype | None = None
@@ -209,6 +218,7 @@ class Layers:
         self._layers = [layer]
         self._scratch = torch.empty(0)
         self._adapters: WeakKeyDictionary[Adapter, tuple[Any, object]] = WeakKeyDictionary()
+        self._taken: WeakKeyDictionary[Adapter, bool] = WeakKeyDictionary()
         self._own: Any = (_Layer * 1)(layer.own)
 
     def join(self, layer: Layer) -> bool:
@@ -225,7 +235,16 @@ class Layers:
 
     def takes(self, spans: Sequence[Span]) -> bool:
         """Whether these adapters can act here."""
-        return all(low.shape[1] <= MOST for _, _, adapter in spans for low, _ in adapter.factors.values())
+        return all(self._takes(adapter) for _, _, adapter in spans)
+
+    def _takes(self, adapter: Adapter) -> bool:
+        if adapter not in self._taken:
+            factors = adapter.factors.values()
+            half = self.library.number == torch.float16
+            self._taken[adapter] = all(down.shape[1] <= MOST for down, _ in factors) and not (
+                half and any(largest(factor) >= LARGEST for pair in factors for factor in pair)
+            )
+        return self._taken[adapter]
 
     def __call__(
         self,
@@ -314,13 +333,12 @@ def layer(
     return Layer(library, own, list(products), (weights, packed))
 
 
-def fits_half(weight: torch.Tensor, loss: float = 1e-7) -> bool:
-    """Whether fp16 holds these weights, but for `loss` of the largest: as much as nothing for checkpoints stored in
-    fp16 or bf16.
+def fits_half(weight: torch.Tensor) -> bool:
+    """Whether fp16 holds these weights without loss, as it does for checkpoints stored in fp16 or bf16.
 
     The smallest of bf16 are rounded, by less than what fp32 rounds in any product with the largest.
     """
-    return largest(weight.half().float().sub_(weight)) <= loss * largest(weight)
+    return largest(weight.half().float().sub_(weight)) <= 1e-7 * largest(weight)
 
 
 def largest(weight: torch.Tensor) -> float:

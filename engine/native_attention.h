@@ -9,7 +9,7 @@ typedef struct {
     long task, part;    /* the first task; where in memory its outputs go */
 } Tile;
 
-/* Floats that a query row's output takes: its columns in whole panels, the weights' sum, the largest score. */
+/* Floats that a query row's output takes: its columns in whole WIDE, the weights' sum, the largest score. */
 static long part_size(const Layer *layer) { return up(layer->size, WIDE) * WIDE + 2; }
 
 static long earlier(const Slice *slice) {
@@ -52,10 +52,14 @@ static void rows_of(const Slice *slice, long from, long to, int32_t *rows) {
 
 /* A key's words from the w-th on; zeros where there is no such key. */
 static INLINE Vector word_of(const Kept *keys, const int32_t *rows, long key, long count, long size, long w) {
-    return key < count ? some((const float *)(keys + rows[key] * size) + w, size / (A_WORD * PAIR) - w) : V(setzero)();
+    return key < count ? load_some((const float *)(keys + rows[key] * size) + w, size / (A_WORD * PAIR) - w) : V(setzero)();
 }
 
-/* Scores [CHUNK] of a token over the keys from..to become weights, in place; returns their sum and the largest score. */
+/* See `weigh`; those of keys from `padded` on do not count. */
+static void soften(float *scores, long padded, float *sum, float *most);
+
+/* Scores [CHUNK] of a token over the keys from..to become weights, in place (HALF: a row of inputs, which is longer); returns their
+sum and the largest score. */
 static void weigh(const Slice *slice, long token, long past, long from, long to, float *scores, float *sum, float *most) {
     long among = slice->mask ? past + slice->n - slice->width : past; /* first key that a mask is about */
     for (long k = among > from ? among : from; k < to; k++) {
@@ -64,22 +68,7 @@ static void weigh(const Slice *slice, long token, long past, long from, long to,
     }
     long padded = up(to - from, PANEL) * PANEL;
     for (long k = to - from; k < padded; k++) scores[k] = -INFINITY;
-    Vector largest[2] = {V(loadu)(scores), V(loadu)(scores + LANES)}, total[2] = {V(setzero)(), V(setzero)()};
-    for (long k = PANEL; k < padded; k += PANEL)
-        for (int i = 0; i < 2; i++) largest[i] = V(max)(largest[i], V(loadu)(scores + k + i * LANES));
-    *most = largest_of(V(max)(largest[0], largest[1]));
-    Vector shift = V(set1)(*most == -INFINITY ? 0.0f : *most);
-    for (long done = 0; done < padded; done += PANEL) {
-        long k = HALF ? padded - PANEL - done : done; /* weights take more room than scores, or less */
-        Vector weight[2];
-        for (int i = 0; i < 2; i++) { /* so that neither waits for the other */
-            Vector score = V(loadu)(scores + k + i * LANES);
-            weight[i] = where_seen(score, exponential(V(sub)(score, shift))); /* unseen: 0 */
-            total[i] = V(add)(total[i], weight[i]);
-        }
-        put_weights((Number *)scores, k, weight[0], weight[1]);
-    }
-    *sum = sum_of(V(add)(total[0], total[1]));
+    soften(scores, padded, sum, most);
 }
 
 /* Query rows [rows of `size`] of one KV head, scaled, before some keys and values. */
@@ -134,7 +123,7 @@ static Task task_of(const Layer *layer, const Tile *tiles, long number) {
 /* Where a task's KV head begins in its cache's buffers. */
 static long start_of(const Layer *layer, const Task *task) { return task->kv * task->tile->slice->capacity * layer->size; }
 
-/* For each row the unnormalised output, the weights' sum and the largest score. `query`: [tokens, group, size], scaled;
+/* For each row the unnormalised output, the weights' sum and the largest score. `query`: [tokens, group] rows of `size`, scaled;
 `next`: the thread's next task, or null. */
 static void attend(const Layer *layer, const Task *task, const Task *next, const Number *query, float *own, float *part) {
     const Tile *tile = task->tile;

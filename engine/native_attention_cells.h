@@ -92,6 +92,22 @@ static INLINE void fetch_soon(const Attention *a, long done, long of) {
         _mm_prefetch(a->soon + 64 * line, _MM_HINT_T1);
 }
 
+static void soften(float *scores, long padded, float *sum, float *most) {
+    Vector largest[2] = {V(loadu)(scores), V(loadu)(scores + LANES)}, total[2] = {V(setzero)(), V(setzero)()};
+    for (long k = PANEL; k < padded; k += PANEL)
+        for (int i = 0; i < 2; i++) largest[i] = V(max)(largest[i], V(loadu)(scores + k + i * LANES));
+    *most = largest_of(V(max)(largest[0], largest[1]));
+    Vector shift = V(set1)(*most == -INFINITY ? 0.0f : *most);
+    for (long k = 0; k < padded; k += PANEL)
+        for (int i = 0; i < 2; i++) { /* so that neither waits for the other */
+            Vector score = V(loadu)(scores + k + i * LANES);
+            Vector weight = where_seen(score, exponential(V(sub)(score, shift), 0.0f)); /* unseen: 0 */
+            put((Number *)scores + k + i * LANES, weight);
+            total[i] = V(add)(total[i], weight);
+        }
+    *sum = sum_of(V(add)(total[0], total[1]));
+}
+
 static INLINE void weigh_few(int R, long size, const Attention *a) {
     const Kept *values = a->values;
     const int32_t *rows = a->seen;

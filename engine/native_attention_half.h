@@ -1,9 +1,9 @@
 /* Attention in fp16: 64 keys at a time. */
 
-/* bf16 as fp16, times 2^up: three more bits behind the point, three fewer before it. Without rounding from 2^-14 on; less than
-that loses up to 2^-15, more than fp16 holds becomes the most it does. */
-static inline __m512i halves_of(__m512i x, int up) {
-    const __m512i sign = _mm512_set1_epi16((short)0x8000), lowest = _mm512_set1_epi16((short)((127 - 15 - up) << 7));
+/* bf16 as fp16: three more bits behind the point, three fewer before it. Nothing is rounded from 2^-14 on; what is less loses
+up to 2^-15, and what fp16 does not hold becomes the most it does, as if bf16 ended at 65280. */
+static inline __m512i halves_of(__m512i x) {
+    const __m512i sign = _mm512_set1_epi16((short)0x8000), lowest = _mm512_set1_epi16((127 - 15) << 7);
     __m512i size = _mm512_subs_epu16(_mm512_andnot_si512(sign, x), lowest);
     size = _mm512_slli_epi16(_mm512_min_epu16(size, _mm512_set1_epi16((30 << 7) + 127)), 3);
     return _mm512_ternarylogic_epi32(size, x, sign, 0xf8); /* size | x & sign */
@@ -24,8 +24,8 @@ static INLINE void pack_keys(const Kept *keys, const int32_t *rows, long count, 
                 __m512i even = (__m512i)low[i], odd = (__m512i)high[i], mask = _mm512_set1_epi32(0xffff);
                 __m512i first = _mm512_ternarylogic_epi32(_mm512_slli_epi32(odd, 16), even, mask, 0xf8);
                 __m512i second = _mm512_ternarylogic_epi32(_mm512_srli_epi32(even, 16), odd, mask, 0xf4); /* | odd & ~mask */
-                _mm512_storeu_si512(panels + (c + 2 * i) * WIDE + k, halves_of(first, 0));
-                _mm512_storeu_si512(panels + (c + 2 * i + 1) * WIDE + k, halves_of(second, 0));
+                _mm512_storeu_si512(panels + (c + 2 * i) * WIDE + k, halves_of(first));
+                _mm512_storeu_si512(panels + (c + 2 * i + 1) * WIDE + k, halves_of(second));
             }
         }
     }
@@ -39,9 +39,39 @@ static INLINE void pack_values(const Kept *values, const int32_t *rows, long cou
             long left = k < count ? size - column - at : 0;
             __mmask32 there = left < PANEL ? (1u << left) - 1 : ~0u;
             __m512i x = _mm512_maskz_loadu_epi16(there, values + rows[least(k, count - 1)] * size + column + at);
-            _mm512_storeu_si512(panels + k * WIDE + at, halves_of(x, VALUES_UP));
+            _mm512_storeu_si512(panels + k * WIDE + at, halves_of(x));
         }
 }
+
+/* Weights over a power of two of each block, because many small ones may weigh more than a large one together. */
+static void soften(float *scores, long padded, float *sum, float *most) {
+    Vector largest[LANES], of_blocks, total[2] = {V(setzero)(), V(setzero)()};
+    float powers[LANES], scales[LANES];
+    for (long b = 0; b < LANES; b++) {
+        const float *own = scores + b * BLOCK;
+        largest[b] = b * BLOCK < padded ? V(max)(V(loadu)(own), V(loadu)(own + LANES)) : V(set1)(-INFINITY);
+    }
+    transpose(largest);
+    of_blocks = largest[0];
+    for (int i = 1; i < LANES; i++) of_blocks = V(max)(of_blocks, largest[i]);
+    *most = largest_of(of_blocks);
+    Vector shift = V(set1)(*most == -INFINITY ? 0.0f : *most);
+    Vector power = _mm512_mul_ps(V(sub)(of_blocks, shift), V(set1)(1.44269504f));
+    power = V(add)(_mm512_max_ps(_mm512_floor_ps(power), V(set1)(-120.0f)), V(set1)(UNDER));
+    V(storeu)(powers, power);
+    V(storeu)(scales, _mm512_scalef_ps(V(set1)(1.0f), power));
+    for (long b = padded / BLOCK - 1; b >= 0; b--) { /* from the last on: weights take more room than scores */
+        Vector weight[2];
+        for (int i = 0; i < 2; i++) { /* so that neither waits for the other */
+            Vector score = V(loadu)(scores + b * BLOCK + i * LANES);
+            weight[i] = where_seen(score, exponential(V(sub)(score, shift), powers[b])); /* unseen: 0 */
+            total[i] = V(fmadd)(weight[i], V(set1)(scales[b]), total[i]);
+        }
+        put_halves(block_at(scores, b * BLOCK), weight[0], weight[1], scales[b]);
+    }
+    *sum = sum_of(V(add)(total[0], total[1]));
+}
+_Static_assert(CHUNK == LANES * BLOCK, "a block a lane");
 
 /* The rows of a query times panels; what is read next is fetched meanwhile, `bytes` in all. */
 static INLINE void through_panels(const Attention *a, const Weight *panels, long some, const float *x, long apart, long cells,

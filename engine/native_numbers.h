@@ -4,7 +4,7 @@
 
 #if LANES == 16
 
-static inline Vector some(const float *x, long count) { /* the first `count`, and zeros */
+static inline Vector load_some(const float *x, long count) { /* the first `count`, and zeros */
     return _mm512_maskz_loadu_ps((__mmask16)((1u << least(count, 16)) - 1), x);
 }
 static inline Vector rounded(Vector x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -37,7 +37,7 @@ static void transpose(Vector *r) {
 
 #else
 
-static inline Vector some(const float *x, long count) { (void)count; return _mm256_loadu_ps(x); } /* sizes are whole eights */
+static inline Vector load_some(const float *x, long count) { (void)count; return _mm256_loadu_ps(x); } /* sizes are whole eights */
 static inline Vector rounded(Vector x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Vector times_power(Vector x, Vector n) {
     __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
@@ -67,15 +67,15 @@ static void transpose(Vector *r) {
 
 #endif
 
-/* e^x for x <= 88, by 2^n times a polynomial. */
-static inline Vector exponential(Vector x) {
+/* e^x / 2^power for x <= 88, by 2^n times a polynomial. */
+static inline Vector exponential(Vector x, float power) {
     x = V(max)(x, V(set1)(-87.0f));
 #if BF16 /* 2^f on [-1/2, 1/2], its coefficients by least squares of the relative error, which is 3e-6 */
     Vector y = V(mul)(x, V(set1)(1.44269504f)), n = rounded(y), f = V(sub)(y, n);
     Vector p = V(fmadd)(V(set1)(9.57009e-3f), f, V(set1)(5.591786e-2f));
     p = V(fmadd)(p, f, V(set1)(2.4024745e-1f));
     p = V(fmadd)(p, f, V(set1)(6.9312181e-1f));
-    return times_power(V(fmadd)(p, f, V(set1)(9.9999926e-1f)), n);
+    return times_power(V(fmadd)(p, f, V(set1)(9.9999926e-1f)), V(sub)(n, V(set1)(power)));
 #else /* e^r on [-ln 2 / 2, ln 2 / 2] (Cephes' expf): a relative error of 2e-7 */
     Vector n = rounded(V(mul)(x, V(set1)(1.44269504f)));
     Vector r = V(fnmadd)(n, V(set1)(0.693359375f), x);
@@ -86,7 +86,7 @@ static inline Vector exponential(Vector x) {
     p = V(fmadd)(p, r, V(set1)(4.1665795894e-2f));
     p = V(fmadd)(p, r, V(set1)(1.6666665459e-1f));
     p = V(fmadd)(p, r, V(set1)(5.0000001201e-1f));
-    return times_power(V(add)(V(fmadd)(p, V(mul)(r, r), r), V(set1)(1.0f)), n);
+    return times_power(V(add)(V(fmadd)(p, V(mul)(r, r), r), V(set1)(1.0f)), V(sub)(n, V(set1)(power)));
 #endif
 }
 
@@ -113,7 +113,7 @@ REDUCED(largest_of, _mm_max_ps)
 static inline Vector widened(__m256i x) { return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
 static inline Vector kept_at(const Kept *x, long count) { return widened(_mm256_maskz_loadu_epi16(FIRST(count), x)); }
 #else
-static inline Vector kept_at(const Kept *x, long count) { return some(x, count); }
+static inline Vector kept_at(const Kept *x, long count) { return load_some(x, count); }
 #endif
 #if BF16 && !PAIRED
 static inline __m256i narrowed(Vector x) { /* to the nearest, to even where two are; what is no number stays none */
@@ -182,73 +182,65 @@ static inline void cells_at(const float *panel, Vector *low, Vector *high) {
     *high = V(loadu)(panel + LANES);
 }
 
-static void put_all(Number *to, const float *x, long count) {
-#if PAIRED
-    for (long i = 0; i < count; i += LANES) put_some(to + i, some(x + i, count - i), count - i);
-#else
-    memcpy(to, x, count * sizeof *x);
-#endif
-}
 static void keep_all(Kept *to, const float *x, long count) {
-    for (long i = 0; i < count; i += LANES) keep_some(to + i, some(x + i, count - i), count - i);
+    for (long i = 0; i < count; i += LANES) keep_some(to + i, load_some(x + i, count - i), count - i);
 }
 
-/* --- what goes into a product with weights --- */
+/* --- what goes into a product --- */
 
 static inline long cells_of(long inputs) { return up(inputs, BLOCK) * BLOCK / PAIR; }
 static inline long row_size(long inputs) { return up(inputs, BLOCK) * (BLOCK + HALF); }
 
 #if HALF
-#define UNDER_KEYS 6   /* so that not even with 32 keys of 65504 a query's products overflow */
-#define UNDER_VALUES 5 /* nor those of weights, which are 1 at most */
-#define VALUES_UP 4    /* values are multiplied by 2^4, because few of them are large and many small */
-
-/* A block: each number over 2^power, in fp16, twice, because four bytes are had in all lanes for nothing; then 2^scale. */
-static inline void put_block(float *to, Vector low, Vector high, float power, float scale) {
-    Vector down = _mm512_set1_ps(-power);
-    Vector part[2] = {low, high};
-    for (int i = 0; i < 2; i++) {
-        __m512i half = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(_mm512_scalef_ps(part[i], down), _MM_FROUND_TO_NEAREST_INT));
-        _mm512_storeu_si512(to + i * LANES, _mm512_or_si512(half, _mm512_slli_epi32(half, 16)));
-    }
-    to[BLOCK] = _mm512_cvtss_f32(_mm512_scalef_ps(_mm512_set1_ps(1.0f), _mm512_set1_ps(scale)));
-}
+#define UNDER 6 /* 32 products with keys or values of 65280 at most are less than 65504, the most that fp16 holds */
 
 static inline float *block_at(Number *row, long at) { return row + at / BLOCK * (BLOCK + 1); }
 
-/* The power of two that the largest of these is at least. */
-static inline float power_of(Vector low, Vector high) {
+/* A block: each number in fp16 twice, because four bytes are had in all lanes for nothing; then their scale. */
+static inline void put_halves(float *to, Vector low, Vector high, float scale) {
+    Vector part[2] = {low, high};
+    for (int i = 0; i < 2; i++) {
+        __m512i half = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(part[i], _MM_FROUND_TO_NEAREST_INT));
+        _mm512_storeu_si512(to + i * LANES, _mm512_or_si512(half, _mm512_slli_epi32(half, 16)));
+    }
+    to[BLOCK] = scale;
+}
+
+/* The same of numbers over a power of two, so that the largest is below 2^(1 - under). */
+static inline void put_block(float *to, Vector low, Vector high, float under) {
     const Vector bits = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff)); /* all but the sign */
     float largest = largest_of(_mm512_max_ps(_mm512_and_ps(low, bits), _mm512_and_ps(high, bits)));
-    return fminf(fmaxf(_mm_cvtss_f32(_mm_getexp_ss(_mm_setzero_ps(), _mm_set_ss(largest))), -100.0f), 100.0f);
+    float power = _mm_cvtss_f32(_mm_getexp_ss(_mm_setzero_ps(), _mm_set_ss(largest)));
+    power = fminf(fmaxf(power, -120.0f), 120.0f) + under; /* of 0 it would be infinite */
+    Vector down = _mm512_set1_ps(-power), scale = _mm512_scalef_ps(_mm512_set1_ps(1.0f), _mm512_set1_ps(power));
+    put_halves(to, _mm512_scalef_ps(low, down), _mm512_scalef_ps(high, down), _mm512_cvtss_f32(scale));
 }
 
 /* Numbers at .. at + PANEL of a row. */
-static inline void put_inputs(Number *row, long at, Vector low, Vector high) {
-    float power = power_of(low, high);
-    put_block(block_at(row, at), low, high, power, power);
-}
+static inline void put_inputs(Number *row, long at, Vector low, Vector high) { put_block(block_at(row, at), low, high, 0.0f); }
 
-/* `count` numbers from `at` on, where a block begins, their largest below 2^(1 - under); the last block is filled up. */
-static INLINE void put_row_under(Number *row, long at, const float *x, long count, float under) {
+/* `count` numbers from `at` on, where a block begins; the last block is filled up. */
+static INLINE void put_blocks(Number *row, long at, const float *x, long count, float under) {
     for (long i = 0; i < count; i += PANEL) {
         long left = count - i;
-        Vector low = some(x + i, left), high = left > LANES ? some(x + i + LANES, left - LANES) : V(setzero)();
-        float power = power_of(low, high) + under;
-        put_block(block_at(row, at + i), low, high, power, power);
+        Vector high = left > LANES ? load_some(x + i + LANES, left - LANES) : V(setzero)();
+        put_block(block_at(row, at + i), load_some(x + i, left), high, under);
     }
 }
-static void put_row(Number *row, long at, const float *x, long count) { put_row_under(row, at, x, count, 0.0f); }
-static void put_query(Number *row, const float *x, long count) { put_row_under(row, 0, x, count, UNDER_KEYS); }
-static inline void put_weights(Number *row, long at, Vector low, Vector high) {
-    put_block(block_at(row, at), low, high, UNDER_VALUES, UNDER_VALUES - VALUES_UP);
-}
+static void put_row(Number *row, long at, const float *x, long count) { put_blocks(row, at, x, count, 0.0f); }
+static void put_query(Number *row, const float *x, long count) { put_blocks(row, 0, x, count, UNDER); }
 #else
+static void put_all(Number *to, const float *x, long count) {
+#if PAIRED
+    for (long i = 0; i < count; i += LANES) put_some(to + i, load_some(x + i, count - i), count - i);
+#else
+    memcpy(to, x, count * sizeof *x);
+#endif
+}
 static inline void put_inputs(Number *row, long at, Vector low, Vector high) {
     put(row + at, low);
     put(row + at + LANES, high);
 }
 static void put_row(Number *row, long at, const float *x, long count) { put_all(row + at, x, count); }
 static void put_query(Number *row, const float *x, long count) { put_all(row, x, count); }
-static inline void put_weights(Number *row, long at, Vector low, Vector high) { put_inputs(row, at, low, high); }
 #endif

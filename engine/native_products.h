@@ -48,7 +48,6 @@
 #define MORE(NAME, TYPE, LOAD)
 #define LISTED(NAME)
 #endif
-ALL_PRODUCTS(with_cells, float, cells_at)
 #if HALF
 /* The same for `P` of the panels that stand side by side and rows of blocks, and it is added to what `out` holds; `cells`: in
 whole blocks, their scales not among them. */
@@ -88,6 +87,7 @@ typedef void (*const *Products)(const Weight *, const float *, long, long, float
 static const Products with_weights[MANY + 1] = {0, with_one, with_two};
 #define with_factors with_weights
 #else
+ALL_PRODUCTS(with_cells, float, cells_at)
 ALL_PRODUCTS(with_one, Weight, weights_at)
 typedef void (*const *Products)(const Weight *, const float *, long, long, float *, long, const char *, long);
 typedef void (*const *CellProducts)(const float *, const float *, long, long, float *, long, const char *, long);

@@ -13,7 +13,9 @@ import torch
 from torch.nn import functional
 
 from longstride.engine import native
-from tests.tiny import halved
+from longstride.engine.fuse import Stack
+from longstride.engine.runner import ModelRunner
+from tests.tiny import fresh_model, halved
 
 ROWS = [1, 2, 5, 6, 7, 12, 13, 14, 15, 29, 96, 97, 100, 144]
 
@@ -25,7 +27,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_it_is_built():
-    assert native.LIBRARIES, "install a C compiler, then the package again"
+    """Each that this processor has instructions for; GCC knows those for fp16 from version 12 on."""
+    has = torch.cpu.get_capabilities()
+    wanted = {name for name, *_, needs in native._BUILDS if all(has.get(need) for need in needs)}
+    assert {one.name for one in native.LIBRARIES} == wanted, "install a newer C compiler, then the package again"
 
 
 def test_one_that_cannot_be_loaded_is_told_and_done_without(monkeypatch, caplog):
@@ -69,32 +74,63 @@ def test_a_product_is_that_of_torch(library, outputs, rows, bias):
 def test_inputs_of_any_size_are_multiplied(library):
     """Far beyond what fp16 holds, and far below; a row's scale is its own, and a block's."""
     weight, x = halved(64, 96).to(library.dtype), torch.randn(5, 96)
-    x[:, 32:64] *= 1e-3
-    expected = native.Packed(library, weight, None, torch.float32)(x)
-    powers = torch.tensor([1.0, 2.0**40, 2.0**-40, 2.0**16, 0.0])[:, None]
-    found = native.Packed(library, weight, None, torch.float32)(x * powers)
-    assert torch.equal(found, expected * powers)
-    middle = native.Packed(library, weight, None, torch.float32)(torch.cat([x[:, :32] * 0, x[:, 32:]], 1) * powers)
-    assert not torch.equal(middle, found)
+    product = native.Packed(library, weight, None, torch.float32)
+    powers = torch.tensor([1.0, 2.0**115, 2.0**-100, 2.0**16, 0.0])[:, None]
+    assert torch.equal(product(x * powers), product(x) * powers)
     x[2, 7] = torch.nan
-    assert native.Packed(library, weight, None, torch.float32)(x).isnan().any(1).tolist() == [
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]
+    assert product(x).isnan().any(1).tolist() == [False, False, True, False, False]
+    weight[:, :32] = 0
+    x[:, :32] = 0
+    small = native.Packed(library, weight, None, torch.float32)
+    expected = small(x)
+    x[:, :32] = 2.0**30
+    assert torch.equal(small(x), expected)
+
+
+def test_the_largest_products_do_not_overflow(library):
+    weight, x = torch.full((64, 96), 996.0, dtype=library.dtype), torch.full((3, 96), 1.99)
+    expected = functional.linear(x, weight.float())
+    torch.testing.assert_close(native.Packed(library, weight, None, torch.float32)(x), expected, rtol=0.01, atol=0)
+
+
+def test_threads_share_the_panels(library):
+    """Which do not divide by them, nor each share by what is multiplied at once."""
+    product = native.Packed(library, halved(130, 40).to(library.dtype), None, torch.float32)
+    for rows in (1, 14, 100):
+        x = torch.randn(rows, 40)
+        assert all(torch.equal(product(x, threads=n), product(x, threads=1)) for n in (2, 3, 5))
 
 
 def test_weights_that_a_build_cannot_hold_are_refused(library):
-    """fp16 holds none beyond 65504, and in fp32 nothing may be lost; products of bf16 are of two."""
-    weight = torch.full((64, 64), 0.5, dtype=library.dtype)
-    assert library.holds(weight)
-    fine, huge = weight.clone(), weight.clone()
-    fine[0, 0], huge[0, 0] = 0.3, 1e5
-    assert library.holds(fine) == (library.dtype == torch.bfloat16)
-    assert library.holds(huge) == (library.kept == torch.bfloat16)
-    assert library.holds(weight[:, 1:]) == (library.pair == 1)
+    """In fp32 nothing may be lost; fp16 holds less than bf16; products of bf16 are of two."""
+
+    def held(value):
+        weight = torch.full((64, 64), 0.5)
+        weight[0, 0] = value
+        return library.holds(weight.to(library.dtype))
+
+    exact, half = library.dtype == torch.float32, library.number == torch.float16
+    assert held(0.25)
+    assert held(0.3) == (not exact)
+    assert held(2000.0) == (not half)
+    assert held(1e5) == (not half and not exact)
+    weight = torch.full((64, 63), 1e-5, dtype=library.dtype)
+    assert library.holds(weight) == (not half and library.pair == 1 and not exact)
+    assert library.holds(weight * 0) == (library.pair == 1)
+
+
+def test_a_model_is_of_one_build_that_holds_all_of_it(monkeypatch):
+    """The next fastest where the fastest does not; in fp32 of as many layers as it holds."""
+    libraries = [one for one in native.LIBRARIES if one.dtype == torch.bfloat16]
+    monkeypatch.setattr(native, "_seconds", lambda one: -(one.number == torch.float16))
+    fine, huge = torch.ones(64, 64, dtype=torch.bfloat16), torch.full((64, 64), 2000.0, dtype=torch.bfloat16)
+    if any(one.number == torch.float16 for one in libraries):
+        assert native.library(torch.bfloat16, [fine]).number == torch.float16
+        assert native.library(torch.bfloat16, [fine, huge]).number != torch.float16
+    plain = fresh_model("llama").to(torch.bfloat16)
+    plain.model.layers[0].mlp.up_proj.weight.data.fill_(2000.0)
+    runner = ModelRunner(plain)
+    assert any(isinstance(module, Stack) for module in runner.model.modules()) == bool(libraries)
 
 
 def test_the_fastest_build_of_a_dtype_is_taken(monkeypatch):

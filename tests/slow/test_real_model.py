@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from longstride.engine import native
+from longstride.engine.attention import Slice
+from longstride.engine.cache import KVCache
 from longstride.engine.context import Context, Placement
 from longstride.engine.embedded import embedded_folder
 from longstride.engine.model import load_model
@@ -80,6 +83,27 @@ def test_logits_equal_transformers(model, placement):
     expected = reference_logits(plain, [i for i, _ in rows], [p for _, p in rows], visible)[-1:]
     torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-4)
     assert ours.argmax() == expected.argmax()
+
+
+def test_compiled_bf16_is_nearer_to_fp32_than_torchs(model, monkeypatch):
+    """By the divergence of what may come next, of each build (a quarter of torch's: docs/methods.md)."""
+    ids = model.tokenizer.encode(CHAPTERS)[:1000]
+
+    def chances(runner):
+        (logits,) = runner.forward([Slice(KVCache(runner.layout, 1024), ids, range(1000), 0, logits=1000)])
+        return logits.float().log_softmax(-1)
+
+    exact = chances(model.runner)
+
+    def divergence(libraries):
+        monkeypatch.setattr(native, "LIBRARIES", libraries)
+        found = chances(load_model(dtype="bf16").runner)
+        return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+    builds = [one for one in native.LIBRARIES if one.dtype == torch.bfloat16]
+    plain = divergence(())
+    for build in builds:
+        assert 0 < divergence((build,)) < 0.4 * plain
 
 
 def test_recent_tokens_bring_back_what_an_untuned_model_loses_to_anchors(model):
