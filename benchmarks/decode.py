@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.common import Row, plot, report, shipped_text
 from benchmarks.peers import LlamaCpp, plain_model
+from longstride.engine import native
 from longstride.engine.context import Context, Placement
 from longstride.engine.model import CACHE, Model, load_model
-from longstride.engine.native import fits_half
 from longstride.engine.sequence import Sequence
 
 TURN = 3  # forwards of a system before it is the next one's turn, besides one that is not counted
@@ -70,17 +70,23 @@ def limits(model: Model, plain: Any, length: int) -> dict[str, float]:
     """Seconds that a decode step and a 144-token rewrite at `length` cannot go below on this machine."""
     big = torch.randn(100_000_000)
     read, products = [], []
-    square = torch.randn(1536, 1536, dtype=model.runner.dtype)
+    square = torch.randn(1536, 1536)
+    half = square.to(model.runner.dtype)
+    library = native.library(model.runner.dtype)
+    ours = half.matmul if library is None else native.Packed(library, half, None)
+    # which of them is the fastest differs among processors
+    for product, factor in ((square.matmul, square), (half.matmul, half), (ours, half)):
+        for _ in range(10):
+            began = time.perf_counter()
+            product(factor)
+            products.append(2 * 1536**3 / (time.perf_counter() - began))
     for _ in range(10):
         began = time.perf_counter()
         big.sum()
         read.append(big.numel() * 4 / (time.perf_counter() - began))
-        began = time.perf_counter()
-        square @ square
-        products.append(2 * 1536**3 / (time.perf_counter() - began))
     layout, config = model.runner.layout, plain.config
     weights = [parameter for parameter in plain.parameters() if parameter.dim() > 1]
-    stored = sum(w.numel() * (2 if fits_half(w.detach()) else w.element_size()) for w in weights)
+    stored = sum(w.numel() * (2 if native.fits_half(w.detach()) else w.element_size()) for w in weights)
     # all tokens pass the layers, one the head
     numbers = sum(w.numel() for w in weights) - config.vocab_size * config.hidden_size * 143 / 144
     flops = 144 * (2 * numbers + 4 * length * config.hidden_size * config.num_hidden_layers)

@@ -137,7 +137,7 @@ static void norm(const float *x, const float *weight, float epsilon, long size, 
 static inline Vector gated(const float *gate, const float *other) {
     Vector g = V(loadu)(gate);
     /* below -87 e^-g would overflow; there the product is 0 up to rounding */
-    Vector e = exponential(V(min)(V(sub)(V(setzero)(), g), V(set1)(87.0f)), 0.0f);
+    Vector e = exponential(V(min)(V(sub)(V(setzero)(), g), V(set1)(87.0f)));
     return V(mul)(V(div)(g, V(add)(V(set1)(1.0f), e)), V(loadu)(other));
 }
 

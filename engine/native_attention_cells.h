@@ -101,7 +101,7 @@ static void soften(float *scores, long padded, float *sum, float *most) {
     for (long k = 0; k < padded; k += PANEL)
         for (int i = 0; i < 2; i++) { /* so that neither waits for the other */
             Vector score = V(loadu)(scores + k + i * LANES);
-            Vector weight = where_seen(score, exponential(V(sub)(score, shift), 0.0f)); /* unseen: 0 */
+            Vector weight = where_seen(score, exponential(V(sub)(score, shift))); /* unseen: 0 */
             put((Number *)scores + k + i * LANES, weight);
             total[i] = V(add)(total[i], weight);
         }
@@ -153,7 +153,7 @@ static INLINE void attend_many(long size, const Attention *a, const Sight *s, fl
     for (long r = 0; r < a->rows; r += ROWS)
         for (long k = 0; k < a->count; k += PANEL, soon += share)
             with_cells[least(ROWS, a->rows - r)](panels + k * cells, (const float *)(a->query + r * size), cells, cells,
-                                                 a->scores + r * CHUNK + k, CHUNK, soon, share / cells);
+                                                 a->scores + r * CHUNK + k, CHUNK, 0, soon, share / cells);
     weigh_all(a, s);
     pack_values(a->values, a->seen, a->count, size, panels);
     soon = a->lines ? a->soon : (const char *)panels;
@@ -161,7 +161,7 @@ static INLINE void attend_many(long size, const Attention *a, const Sight *s, fl
     for (long r = 0; r < a->rows; r += ROWS)
         for (long column = 0; column < size; column += PANEL, soon += share)
             with_cells[least(ROWS, a->rows - r)](panels + column * pairs, a->scores + r * CHUNK, CHUNK, pairs,
-                                                 a->part + r * a->stride + column, a->stride, soon, share / pairs);
+                                                 a->part + r * a->stride + column, a->stride, 0, soon, share / pairs);
 }
 
 #define FEW_CASE(R) case R: attend_few(R, size, a, s); break;

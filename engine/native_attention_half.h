@@ -10,13 +10,16 @@ static inline __m512i halves_of(__m512i x) {
 }
 
 /* `some` panels of keys [*, size]: their numbers one below the other. */
-static INLINE void pack_keys(const Kept *keys, const int32_t *rows, long count, long size, long some, Weight *panels) {
+static INLINE void pack_keys(const Kept *keys, const int32_t *rows, long count, long size, long some, Weight *panels,
+                             const char *soon) {
     for (long k = 0; k < some * PANEL; k += PANEL) {
         for (long c = 0; c < size; c += 2 * LANES) {
             Vector low[LANES], high[LANES];
             for (int i = 0; i < LANES; i++) {
                 low[i] = word_of(keys, rows, k + 2 * i, count, size, c / 2);
                 high[i] = word_of(keys, rows, k + 2 * i + 1, count, size, c / 2);
+                _mm_prefetch(soon, FETCHED);
+                soon += 64;
             }
             transpose(low);
             transpose(high);
@@ -33,14 +36,26 @@ static INLINE void pack_keys(const Kept *keys, const int32_t *rows, long count, 
 
 /* `some` panels of columns of values, for `keys` keys in whole blocks. */
 static INLINE void pack_values(const Kept *values, const int32_t *rows, long count, long size, long column, long some,
-                               long keys, Weight *panels) {
-    for (long k = 0; k < keys; k++)
+                               long keys, Weight *panels, const char *soon) {
+    for (long k = 0; k < keys; k++, soon += 64) {
+        _mm_prefetch(soon, FETCHED);
         for (long at = 0; at < some * PANEL; at += PANEL) {
             long left = k < count ? size - column - at : 0;
             __mmask32 there = left < PANEL ? (1u << left) - 1 : ~0u;
             __m512i x = _mm512_maskz_loadu_epi16(there, values + rows[least(k, count - 1)] * size + column + at);
             _mm512_storeu_si512(panels + k * WIDE + at, halves_of(x));
         }
+    }
+}
+
+/* 2^(y - power) where the score is seen, and 0; 2^f on [0, 1) as a polynomial, whose relative error is 3e-6. */
+static inline Vector weight_of(Vector score, Vector y, Vector power) {
+    __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
+    Vector n = _mm512_floor_ps(y), f = V(sub)(y, n);
+    Vector p = V(fmadd)(V(set1)(0.013534106f), f, V(set1)(0.05201158f));
+    p = V(fmadd)(p, f, V(set1)(0.24144269f));
+    p = V(fmadd)(p, f, V(set1)(0.69300385f));
+    return _mm512_maskz_scalef_ps(seen, V(fmadd)(p, f, V(set1)(1.0000026f)), V(sub)(n, power));
 }
 
 /* Weights over a power of two of each block, because many small ones may weigh more than a large one together. */
@@ -55,8 +70,9 @@ static void soften(float *scores, long padded, float *sum, float *most) {
     of_blocks = largest[0];
     for (int i = 1; i < LANES; i++) of_blocks = V(max)(of_blocks, largest[i]);
     *most = largest_of(of_blocks);
-    Vector shift = V(set1)(*most == -INFINITY ? 0.0f : *most);
-    Vector power = _mm512_mul_ps(V(sub)(of_blocks, shift), V(set1)(1.44269504f));
+    const Vector log2e = V(set1)(1.44269504f);
+    Vector shift = V(mul)(V(set1)(*most == -INFINITY ? 0.0f : *most), log2e);
+    Vector power = _mm512_fmsub_ps(of_blocks, log2e, shift);
     power = V(add)(_mm512_max_ps(_mm512_floor_ps(power), V(set1)(-120.0f)), V(set1)(UNDER));
     V(storeu)(powers, power);
     V(storeu)(scales, _mm512_scalef_ps(V(set1)(1.0f), power));
@@ -64,7 +80,7 @@ static void soften(float *scores, long padded, float *sum, float *most) {
         Vector weight[2];
         for (int i = 0; i < 2; i++) { /* so that neither waits for the other */
             Vector score = V(loadu)(scores + b * BLOCK + i * LANES);
-            weight[i] = where_seen(score, exponential(V(sub)(score, shift), powers[b])); /* unseen: 0 */
+            weight[i] = weight_of(score, _mm512_fmsub_ps(score, log2e, shift), V(set1)(powers[b]));
             total[i] = V(fmadd)(weight[i], V(set1)(scales[b]), total[i]);
         }
         put_halves(block_at(scores, b * BLOCK), weight[0], weight[1], scales[b]);
@@ -75,11 +91,11 @@ _Static_assert(CHUNK == LANES * BLOCK, "a block a lane");
 
 /* The rows of a query times panels; what is read next is fetched meanwhile, `bytes` in all. */
 static INLINE void through_panels(const Attention *a, const Weight *panels, long some, const float *x, long apart, long cells,
-                                  float *out, long stride, const Kept *next, long bytes) {
+                                  float *out, long stride, int add, const Kept *next, long bytes) {
     long groups = up(a->rows, ROWS), share = bytes / groups;
     for (long g = 0; g < groups; g++) {
         long r = a->rows * g / groups, end = a->rows * (g + 1) / groups;
-        with_weights[some][end - r](panels, x + r * apart, apart, cells, out + r * stride, stride,
+        with_weights[some][end - r](panels, x + r * apart, apart, cells, out + r * stride, stride, add,
                                     (const char *)next + g * share, share / cells);
     }
 }
@@ -88,23 +104,22 @@ static INLINE void through_panels(const Attention *a, const Weight *panels, long
 static INLINE void attend_sized(long size, const Attention *a, const Sight *s, float *room) {
     long cells = cells_of(size), row = row_size(size), bytes = WIDE * size * (long)sizeof(Kept);
     Weight *panels = (Weight *)room;
-    clear(a->scores, a->rows, up(a->count, PANEL) * PANEL, SCORES);
     for (long k = 0; k < a->count; k += WIDE) {
         const Kept *next = k + WIDE < a->count ? a->keys + a->seen[k + WIDE] * size : a->values + a->seen[0] * size;
         long some = up(least(WIDE, a->count - k), PANEL);
-        pack_keys(a->keys, a->seen + k, a->count - k, size, some, panels);
-        through_panels(a, panels, some, a->query, row, cells, a->scores + k, SCORES, next, bytes);
+        pack_keys(a->keys, a->seen + k, a->count - k, size, some, panels, (const char *)next);
+        through_panels(a, panels, some, a->query, row, cells, a->scores + k, SCORES, 0, next + WIDE * size / 2, bytes / 2);
     }
     weigh_all(a, s);
-    clear(a->part, a->rows, a->stride - 2, a->stride);
     for (long k = 0; k < a->count; k += WIDE) {
         const Kept *next = k + WIDE < a->count ? a->values + a->seen[k + WIDE] * size : (const Kept *)a->soon;
         long keys = up(least(WIDE, a->count - k), BLOCK) * BLOCK;
         for (long column = 0; column < size; column += WIDE) {
             long some = up(least(WIDE, size - column), PANEL);
-            pack_values(a->values, a->seen + k, a->count - k, size, column, some, keys, panels);
-            through_panels(a, panels, some, block_at(a->scores, k), SCORES, keys, a->part + column, a->stride,
-                           next + column * WIDE, bytes / up(size, WIDE));
+            pack_values(a->values, a->seen + k, a->count - k, size, column, some, keys, panels,
+                        (const char *)(next + column * WIDE));
+            through_panels(a, panels, some, block_at(a->scores, k), SCORES, keys, a->part + column, a->stride, k > 0,
+                           next + column * WIDE + WIDE * WIDE / 2, bytes / up(size, WIDE) / 2);
         }
     }
 }

@@ -1,12 +1,15 @@
 /* Products of rows of input with panels of weights, and what adapters add to them. */
 
-/* R rows of cells, `apart` from one to the next, times a panel -> out, `stride` from one to the next. Has what stands at
+/* R rows of cells, `apart` from one to the next, times a panel -> out, `stride` from one to the next; added to it or not. Has what stands at
 `soon` on its way, `step` bytes for each cell. */
 #define PRODUCT(NAME, TYPE, LOAD, R)                                                                                   \
     static void NAME##R(const TYPE *panel, const float *x, long apart, long cells, float *out, long stride,            \
-                        const char *soon, long step) {                                                                 \
+                        int add, const char *soon, long step) {                                                        \
         Vector low[R], high[R];                                                                                        \
-        UNROLL for (int r = 0; r < R; r++) low[r] = high[r] = V(setzero)();                                            \
+        UNROLL for (int r = 0; r < R; r++) {                                                                           \
+            low[r] = add ? V(loadu)(out + r * stride) : V(setzero)();                                                  \
+            high[r] = add ? V(loadu)(out + r * stride + LANES) : V(setzero)();                                         \
+        }                                                                                                              \
         for (long i = 0; i < cells; i++) {                                                                             \
             for (long line = 0; line < (long)sizeof(TYPE) * PANEL; line += 64)                                         \
                 _mm_prefetch(soon + i * step + line, FETCHED);                                                         \
@@ -31,7 +34,7 @@
     PRODUCT(NAME, TYPE, LOAD, 5)                                                                                       \
     PRODUCT(NAME, TYPE, LOAD, 6)                                                                                       \
     MORE(NAME, TYPE, LOAD)                                                                                             \
-    static void (*const NAME[ROWS + 1])(const TYPE *, const float *, long, long, float *, long, const char *, long) = { \
+    static void (*const NAME[ROWS + 1])(const TYPE *, const float *, long, long, float *, long, int, const char *, long) = { \
         0, NAME##1, NAME##2, NAME##3, NAME##4, NAME##5, NAME##6 LISTED(NAME)};
 #if ROWS == 14
 #define MORE(NAME, TYPE, LOAD)                                                                                         \
@@ -49,13 +52,13 @@
 #define LISTED(NAME)
 #endif
 #if HALF
-/* The same for `P` of the panels that stand side by side and rows of blocks, and it is added to what `out` holds; `cells`: in
+/* The same for `P` of the panels that stand side by side and rows of blocks; `cells`: in
 whole blocks, their scales not among them. */
 #undef PRODUCT
 #define PRODUCT(NAME, TYPE, P, R)                                                                                      \
     static void NAME##R(const TYPE *panel, const float *x, long apart, long cells, float *out, long stride,            \
-                        const char *soon, long step) {                                                                 \
-        for (; cells; cells -= BLOCK, x += BLOCK + 1) {                                                                \
+                        int add, const char *soon, long step) {                                                        \
+        for (; cells; cells -= BLOCK, x += BLOCK + 1, add = 1) {                                                       \
             __m512h sums[R][P];                                                                                        \
             UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sums[r][p] = _mm512_setzero_ph();    \
             for (int i = 0; i < BLOCK; i++, panel += WIDE, soon += step) {                                             \
@@ -70,36 +73,31 @@ whole blocks, their scales not among them. */
                 }                                                                                                      \
             }                                                                                                          \
             UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)                                      \
-                add_block(out + r * stride + p * PANEL, x[r * apart + BLOCK], sums[r][p]);                             \
+                put_sums(out + r * stride + p * PANEL, add ? -1 : 0, x[r * apart + BLOCK], sums[r][p]);                \
         }                                                                                                              \
     }
 
-/* A block's sums, times its scale. */
-static inline void add_block(float *out, float scale, __m512h sums) {
+/* A block's sums, times its scale, and what is there already in the lanes that are to count. */
+static inline void put_sums(float *out, __mmask16 there, float scale, __m512h sums) {
     __m512i bits = (__m512i)sums;
     Vector low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits)), high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
-    _mm512_storeu_ps(out, _mm512_fmadd_ps(low, _mm512_set1_ps(scale), _mm512_loadu_ps(out)));
-    _mm512_storeu_ps(out + LANES, _mm512_fmadd_ps(high, _mm512_set1_ps(scale), _mm512_loadu_ps(out + LANES)));
+    _mm512_storeu_ps(out, _mm512_fmadd_ps(low, _mm512_set1_ps(scale), _mm512_maskz_loadu_ps(there, out)));
+    out += LANES;
+    _mm512_storeu_ps(out, _mm512_fmadd_ps(high, _mm512_set1_ps(scale), _mm512_maskz_loadu_ps(there, out)));
 }
 ALL_PRODUCTS(with_one, Weight, 1)
 ALL_PRODUCTS(with_two, Weight, 2)
-typedef void (*const *Products)(const Weight *, const float *, long, long, float *, long, const char *, long);
+typedef void (*const *Products)(const Weight *, const float *, long, long, float *, long, int, const char *, long);
 static const Products with_weights[MANY + 1] = {0, with_one, with_two};
 #define with_factors with_weights
 #else
 ALL_PRODUCTS(with_cells, float, cells_at)
 ALL_PRODUCTS(with_one, Weight, weights_at)
-typedef void (*const *Products)(const Weight *, const float *, long, long, float *, long, const char *, long);
-typedef void (*const *CellProducts)(const float *, const float *, long, long, float *, long, const char *, long);
+typedef void (*const *Products)(const Weight *, const float *, long, long, float *, long, int, const char *, long);
+typedef void (*const *CellProducts)(const float *, const float *, long, long, float *, long, int, const char *, long);
 static const Products with_weights[MANY + 1] = {0, with_one};
 static const CellProducts with_factors[MANY + 1] = {0, with_cells};
 #endif
-
-/* What products are to be put into. */
-static inline void clear(float *out, long rows, long columns, long stride) {
-    if (HALF)
-        for (long r = 0; r < rows; r++) memset(out + r * stride, 0, columns * sizeof *out);
-}
 
 /* Where a panel begins among those of a weight with so many cells. */
 static inline long start_of_panel(long panel, long cells) { return panel / MANY * cells * WIDE + panel % MANY * PANEL; }
@@ -115,8 +113,8 @@ static void panels_of(const Weight *weight, const float *bias, long panel, long 
     const char *soon = (const char *)own + (groups > 1 ? cells * line : AHEAD);
     for (long g = 0; g < groups; g++, soon += share) {
         long a = from + (to - from) * g / groups, b = from + (to - from) * (g + 1) / groups;
-        clear(sums[0], b - a, WIDE, WIDE);
-        with_weights[some][b - a](own, (const float *)(x + a * row), row / PAIR, cells, sums[0], WIDE, soon, line / groups);
+        with_weights[some][b - a](own, (const float *)(x + a * row), row / PAIR, cells, sums[0], WIDE, 0, soon,
+                                  line / groups);
         for (long r = a; r < b; r++) {
             float *at = out + r * outputs + first;
             for (int c = 0; c < columns; c++) {
@@ -147,10 +145,9 @@ static void through_down(Adapted *adapted, const Number *x, long inputs, long fr
         long last = least(to, adapted->spans[s].to);
         for (long a = adapted->spans[s].from > from ? adapted->spans[s].from : from; low->rank && a < last; a += ROWS) {
             long some = least(ROWS, last - a);
-            clear(sums[0], some, low->rank, MOST);
             for (long c = 0; c < low->rank; c += WIDE)
                 with_factors[MANY][some](low->down + c * cells, (const float *)(x + a * row), row / PAIR, cells, sums[0] + c,
-                                         MOST, (const char *)(low->down + c * cells) + AHEAD, WIDE * sizeof(Factor));
+                                         MOST, 0, (const char *)(low->down + c * cells) + AHEAD, WIDE * sizeof(Factor));
             for (long r = 0; r < some; r++)
                 put_row((Number *)adapted->low + (a - from + r) * row_size(MOST), 0, sums[r], low->rank);
         }
@@ -168,9 +165,8 @@ static void adapt(Adapted *adapted, long panel, long some, long outputs, long fr
             long count = least(ROWS, last - a);
             const Factor *own = low->up + start_of_panel(panel, low->cells);
             const Number *inner = (const Number *)adapted->low + (a - from) * row;
-            clear(sums[0], count, WIDE, WIDE);
-            with_factors[some][count](own, (const float *)inner, row / PAIR, low->cells, sums[0], WIDE, (const char *)own + AHEAD,
-                                      WIDE * sizeof(Factor));
+            with_factors[some][count](own, (const float *)inner, row / PAIR, low->cells, sums[0], WIDE, 0,
+                                      (const char *)own + AHEAD, WIDE * sizeof(Factor));
             for (long r = 0; r < count; r++)
                 for (long c = 0; c < columns; c++) out[(a + r) * outputs + panel * PANEL + c] += sums[r][c];
         }
