@@ -1,7 +1,7 @@
 /* Products of rows of input with panels of weights, and what adapters add to them. */
 
-/* R rows of cells, `apart` from one to the next, times a panel -> out, `stride` from one to the next; added to it or not. Has what stands at
-`soon` on its way, `step` bytes for each cell. */
+/* R rows of cells, `apart` from one to the next, times a panel -> out, `stride` from one to the next; added to what is there, or
+not. Has what stands at `soon` on its way, `step` bytes for each cell. */
 #define PRODUCT(NAME, TYPE, LOAD, R)                                                                                   \
     static void NAME##R(const TYPE *panel, const float *x, long apart, long cells, float *out, long stride,            \
                         int add, const char *soon, long step) {                                                        \
