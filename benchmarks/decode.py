@@ -1,7 +1,8 @@
 """One step at a time: decoding and a rewrite by context length, and a long read, beside transformers and llama.cpp.
 
 The physical limit printed with it: bytes of weights and KV that a step must read over the memory bandwidth measured in
-the same run, and the arithmetic of a rewrite over the measured rate of a large matrix product.
+the same run, and the arithmetic of a rewrite over the measured rate of the fastest large matrix product
+(torch's in fp32 and in the model's dtype, and ours).
 """
 
 import argparse

@@ -7,7 +7,7 @@ qualify; engine/fuse.py has the same layer in torch's operations, which tests ho
 
 In fp32 weights are fp16, everything else is fp32. In bf16 keys and values are bf16, and weights too; PAIRED also what goes
 into a product, which takes two at a time then; everything else is fp32. HALF is bf16 multiplied in fp16: weights are fp16, keys
-and values become so on their way, what they are multiplied with is scaled block by block so that nothing overflows, and the
+and values become so on their way, what they are multiplied with is scaled block by block so that no sum overflows, and the
 products of a block are added in fp16 before they are added to others in fp32. That rounds about as much as bf16 does what goes
 into a product.
 

@@ -240,10 +240,9 @@ class Layers:
     def _takes(self, adapter: Adapter) -> bool:
         if adapter not in self._taken:
             factors = adapter.factors.values()
-            half = self.library.number == torch.float16
-            self._taken[adapter] = all(down.shape[1] <= MOST for down, _ in factors) and not (
-                half and any(largest(factor) >= LARGEST for pair in factors for factor in pair)
-            )
+            most = LARGEST if self.library.number == torch.float16 else math.inf
+            held = all(largest(factor) < most for pair in factors for factor in pair)
+            self._taken[adapter] = held and all(down.shape[1] <= MOST for down, _ in factors)
         return self._taken[adapter]
 
     def __call__(

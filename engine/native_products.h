@@ -52,8 +52,7 @@ not. Has what stands at `soon` on its way, `step` bytes for each cell. */
 #define LISTED(NAME)
 #endif
 #if HALF
-/* The same for `P` of the panels that stand side by side and rows of blocks; `cells`: in
-whole blocks, their scales not among them. */
+/* The same for `P` of the panels that stand side by side and rows of blocks; `cells`: in whole blocks, scales not counted. */
 #undef PRODUCT
 #define PRODUCT(NAME, TYPE, P, R)                                                                                      \
     static void NAME##R(const TYPE *panel, const float *x, long apart, long cells, float *out, long stride,            \
