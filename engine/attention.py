@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from longstride.engine.adapter import Adapter
 from longstride.engine.cache import KVCache, LayerShape
@@ -240,9 +239,5 @@ def attention(
     return out.transpose(0, 1)[None], None
 
 
-def _no_mask(*_args: object, **_kwargs: object) -> None:
-    """transformers asks for a mask per forward; the plan carries its own."""
-
-
+# no masks are registered for it: the plan carries its own, and transformers then makes none
 AttentionInterface.register(IMPLEMENTATION, attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

@@ -227,11 +227,12 @@ class Sequence:
         due, text = len(last.ids), len(self.context.text)
         mask = None  # a single branch is causal
         if any(node.parent_row != row - 1 for row, node in enumerate(nodes)):
-            mask = torch.ones(due + len(nodes), due + len(nodes), dtype=torch.bool).tril()
-            mask[due:, due:] = torch.eye(len(nodes), dtype=torch.bool)
-            for row, node in enumerate(nodes, due):
-                if node.parent_row >= 0:
-                    mask[row, due:row] |= mask[due + node.parent_row, due:row]
+            seen = np.tri(due + len(nodes), dtype=np.bool_)
+            for row, node in enumerate(nodes, due):  # what its parent sees, and itself
+                seen[row, :row] = False
+                before = due + node.parent_row + 1
+                seen[row, :before] = seen[before - 1, :before]
+            mask = torch.from_numpy(seen)
         return replace(
             last,
             ids=[*last.ids, *(node.token for node in nodes)],

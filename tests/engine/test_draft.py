@@ -204,13 +204,30 @@ def test_what_no_text_foretells_the_model_may():
 
 
 def test_the_texts_come_first_and_the_model_has_what_they_leave():
-    drafter = Drafter(tendencies({(NONE, 5): [(6, 100), (30, 100)]}))
+    drafter = Drafter(tendencies({(NONE, 5): [(6, 60), (30, 100)]}))
     drafter.read.extend([1, 2, 3, 4, 5, 30, 31, 32])
-    root = drafter.propose([1, 2, 3, 4, 5], 4, CHEAP).root
+    root = drafter.propose([8, 5], 4, CHEAP).root
     assert list(root.children) == [30, 6]
-    right = drafter.rates[drafter.rates.kinds(5, 1, step=False)[0]]
+    right = drafter.rates[drafter.rates.kinds(1, 1, step=False)[0]]
     assert root.children[30].probability == pytest.approx(right)
-    assert root.children[6].probability == pytest.approx((1 - right) * 100 / 255 * Rates.TENDENCY)
+    assert root.children[6].probability == pytest.approx((1 - right) * 60 / 255 * Rates.TENDENCY)
+
+
+def test_a_second_branch_that_promises_little_is_left_out():
+    def drafted(tail, depth):
+        drafter = Drafter(tendencies({(NONE, 5): [(6, 100)]}))
+        drafter.read.extend([1, 2, 3, 4, 5, 30, 31, 32])
+        return paths(drafter.propose(tail, depth, CHEAP))
+
+    assert drafted([1, 2, 3, 4, 5], 4) == [[30], [30, 31], [30, 31, 32]]
+    assert drafted([8, 5], 1) == [[6], [30]]  # where it promises as much as the first, it stays
+
+
+def test_of_equal_evidence_the_latest_place_counts_twice():
+    drafter = Drafter()
+    drafter.read.extend([*[1, 2, 3, GAP] * 3, 1, 2, 4, GAP])
+    shares = {p: node.probability for p, node in drafter.propose([1, 2], 1, CHEAP).root.children.items()}
+    assert shares[4] / shares[3] == pytest.approx(2 / 3)
 
 
 def test_the_models_chances_are_believed_as_far_as_they_hold():
