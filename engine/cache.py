@@ -4,7 +4,7 @@ Contract: rows `0 .. length-1` are valid; everything past `length` is scratch. `
 cutting a stale segment costs nothing. Buffers double until `limit` rows and never shrink below what is valid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,17 +134,21 @@ class KVCache:
     def gather(self, rows: Sequence[int]) -> torch.Tensor:
         """As `read_rows`, for rows that need not stand side by side."""
         index = torch.tensor(rows, dtype=torch.long, device=self.layout.device)
-        parts: list[torch.Tensor] = []
-        for keys, values in zip(self.keys, self.values, strict=True):
-            parts += [keys[:, index].reshape(-1), values[:, index].reshape(-1)]
-        return torch.cat(parts)
+        return self._flat(len(rows), lambda buffer: buffer[:, index])
 
     def read_rows(self, start: int, stop: int) -> torch.Tensor:
         """Copy of rows `start .. stop-1` as one flat tensor: each layer's keys, then its values."""
-        parts: list[torch.Tensor] = []
+        return self._flat(stop - start, lambda buffer: buffer[:, start:stop])
+
+    def _flat(self, count: int, part: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`count` rows of each buffer, copied behind one another."""
+        size = count * sum(shape.numbers for shape in self.layout.layers)
+        flat, at = torch.empty(size, dtype=self.layout.dtype, device=self.layout.device), 0
         for keys, values in zip(self.keys, self.values, strict=True):
-            parts += [keys[:, start:stop].reshape(-1), values[:, start:stop].reshape(-1)]
-        return torch.cat(parts)
+            for rows in (part(keys), part(values)):
+                _copy(rows, flat[at : at + rows.numel()].view(rows.shape))
+                at += rows.numel()
+        return flat
 
     def write_rows(self, row: int, flat: torch.Tensor) -> int:
         """Put rows copied by `read_rows` at `row`, or several such copies of one size [copies, numbers] one behind the

@@ -22,9 +22,9 @@ BATCH = 8  # blocks that a thread reads and checks at a time
 LOADS = 2  # threads that do so, while a third writes what they found into the cache
 
 
-def to_bytes(rows: torch.Tensor) -> bytes:
-    """A flat tensor's bytes, whatever its dtype."""
-    return rows.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def to_bytes(rows: torch.Tensor) -> memoryview:
+    """A flat tensor's bytes, whatever its dtype; not copied where it is on the CPU."""
+    return rows.cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def from_bytes(copies: list[bytes], dtype: torch.dtype) -> torch.Tensor:
@@ -134,7 +134,7 @@ class Snapshot:
                     fresh.append(rows)
         row_of = {token: row for row, token in enumerate(held)} if context.dropped else None
 
-        def copy() -> list[bytes]:
+        def copy() -> list[memoryview]:
             copied = [to_bytes(self._copy(rows.tokens, row_of)) for rows in fresh]
             self.sequence.settle(worth=True)
             return copied

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import replace
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,10 +181,22 @@ def test_data_of_another_size_is_refused_even_with_its_checksum(blocks, change, 
     one = block("one")
     put(blocks, one)
     data = change(one.data)
-    checksum = hashlib.sha256(data if sealed else one.data).digest()
+    checksum = xxhash.xxh3_128_digest(data if sealed else one.data)
     update = "update blocks set data = ?, checksum = ?"
     blocks.database.write(lambda tables: tables.conn.execute(update, [data, checksum]))
     assert get(blocks, one) == (None, f"block {one.id.hex()[:12]} has {len(data)} bytes instead of 100")
+    assert len(blocks.verify()) == 1
+
+
+def test_blocks_of_versions_that_stored_sha256_are_sound(blocks):
+    one = block("one")
+    put(blocks, one)
+    update = "update blocks set checksum = ?"
+    blocks.database.write(lambda tables: tables.conn.execute(update, [hashlib.sha256(one.data).digest()]))
+    assert get(blocks, one) == (one.data, "")
+    assert blocks.verify() == []
+    flip(blocks, "data", 7, 0x10)
+    assert get(blocks, one)[0] is None
     assert len(blocks.verify()) == 1
 
 
