@@ -21,8 +21,8 @@ MOST_NODES = 48
 DEEPEST = 32
 LEAST = 0.02  # a token less probable than this is never drafted
 GAIN = 1.05  # a draft that promises less is not made: looking it up and the first row behind another cost something too
-BRANCHING = 1.04  # several branches must promise so much more than the likeliest one (else logs lose 1 %)
-FIRST = 2  # where equal evidence names several tokens, the latest place counts twice (2 % faster on logs)
+BRANCHING = 1.04  # several branches must promise so much more than the likeliest one: on logs less does not pay
+FIRST = 2  # where equal evidence names several tokens, the first, of the latest place, counts twice: logs gain by it
 LEAD = 4  # a match this long is followed in step from then on
 LEADS = 2
 DIFFERENCES = 4  # after so many, with no `SETTLED` tokens alike between them, it is given up
@@ -208,7 +208,7 @@ class Drafter:
         most = max(0, min(most, MOST_NODES)) if depth > 0 else 0
         costs = [cost(further) for further in range(most + 1)]
         expected = 1.0 + beside
-        rate, size = GAIN * expected / costs[0], 0  # the best so far, in tokens for what a forward costs
+        rate = GAIN * expected / costs[0]  # the best so far, in tokens for what a forward costs
         node = root
         while True:
             for child in self._children(node) if node.depth < depth or node is root else ():
@@ -221,13 +221,12 @@ class Drafter:
                 break
             taken.append(node)
             expected += node.probability
-            if expected > rate * costs[len(taken)]:
-                rate, size = expected / costs[len(taken)], len(taken)
-        branch = _likeliest(root, taken)
-        single, length = _fastest(branch, 1.0 + beside, costs)
-        if length and rate < BRANCHING * single:
-            taken, size = branch, length
-        return Draft(root, ordered(root, taken[:size]), match)
+            rate = max(rate, expected / costs[len(taken)])
+        several, best = _fastest(taken, 1.0 + beside, costs)
+        single, branch = _fastest(_likeliest(root, taken), 1.0 + beside, costs)
+        if branch and several < BRANCHING * single:
+            best = branch
+        return Draft(root, ordered(root, best), match)
 
     def _lead(self, longest: Lead | None) -> None:
         """Follow the longest match from now on, if it is long enough and not followed yet."""
@@ -314,14 +313,15 @@ def _likeliest(root: Node, taken: list[Node]) -> list[Node]:
     return path[1:]
 
 
-def _fastest(nodes: list[Node], expected: float, costs: Sequence[float]) -> tuple[float, int]:
-    """The first so many of `nodes` that make the expected tokens for what a forward costs most; 0 where none pay."""
+def _fastest(nodes: list[Node], expected: float, costs: Sequence[float]) -> tuple[float, list[Node]]:
+    """As many of the first of `nodes` as bring most tokens for what a forward costs, and how many; none do where that
+    does not pay."""
     rate, size = GAIN * expected / costs[0], 0
     for number, node in enumerate(nodes, 1):
         expected += node.probability
         if expected > rate * costs[number]:
             rate, size = expected / costs[number], number
-    return rate, size
+    return rate, nodes[:size]
 
 
 def ordered(root: Node, taken: list[Node]) -> list[Node]:

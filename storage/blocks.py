@@ -188,5 +188,5 @@ class Blocks:
 
 
 def _sound(data: bytes, checksum: object) -> bool:
-    """Whether `checksum` is that of `data`: xxh3, which costs a tenth of the sha256 that earlier versions stored."""
+    """Whether `checksum` is that of `data`: xxh3, an eighth of the work of the sha256 that earlier versions stored."""
     return xxhash.xxh3_128_digest(data) == checksum or hashlib.sha256(data).digest() == checksum

@@ -104,7 +104,7 @@ def blocks(tables: Tables) -> None:
             fingerprint text not null,
             ids blob not null,
             positions blob not null,
-            checksum blob not null,           -- sha256 of data
+            checksum blob not null,           -- of data, see `Blocks`
             data blob not null                -- last: what stands behind it is reached only by reading through it
         ) strict"""
     )
