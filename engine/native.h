@@ -182,7 +182,8 @@ EXPORT long longstride_scratch(const Layer *layer, long rows, const Slice *slice
 
 /* All threads of a team run a layer together. */
 static void run(const Layer *layer, float *x, long rows, const float *cosine, const float *sine, const Slice *slices,
-                const Tile *tiles, long many, Adapted *adapted, long product, float *scratch, Places place) {
+                const Tile *tiles, long many, Adapted *adapted, Taken *shares, long product, float *scratch,
+                Places place) {
     long hidden = layer->hidden, inner = layer->inner, size = layer->size, heads = layer->heads, kv = layer->kv_heads;
     long group = heads / kv, width = (heads + 2 * kv) * size, stride = part_size(layer);
     long row_in = row_size(hidden), row_seen = row_size(heads * size), row_mid = row_size(inner), some = together(size);
@@ -192,7 +193,7 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_in, layer->epsilon_in, hidden, normed + r * row_in);
     adapted->product = product + QKV;
-    multiply(layer->qkv, layer->qkv_bias, normed, rows, hidden, qkv, width, 0, adapted);
+    multiply(layer->qkv, layer->qkv_bias, normed, rows, hidden, qkv, width, 0, adapted, shares);
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) {
         const float *own = qkv + r * width, *turn = cosine + r * size, *angle = sine + r * size;
@@ -211,7 +212,7 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
         }
     }
     long tasks = tiles[many].task, threads = omp_get_num_threads();
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(dynamic, 1)
     for (long number = 0; number < tasks; number++) {
         Task task = task_of(layer, tiles, number), next = task;
         if (number + threads < tasks) next = task_of(layer, tiles, number + threads);
@@ -234,11 +235,11 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
             put_row(seen + row * row_seen, first * size, merged, end - merged);
         }
     adapted->product = product + OUT;
-    multiply(layer->out, layer->out_bias, seen, rows, heads * size, x, hidden, 1, adapted);
+    multiply(layer->out, layer->out_bias, seen, rows, heads * size, x, hidden, 1, adapted, shares);
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) norm(x + r * hidden, layer->norm_mlp, layer->epsilon_mlp, hidden, normed + r * row_in);
     adapted->product = product + GATE_UP;
-    multiply(layer->gate_up, layer->gate_up_bias, normed, rows, hidden, both, 2 * inner, 0, adapted);
+    multiply(layer->gate_up, layer->gate_up_bias, normed, rows, hidden, both, 2 * inner, 0, adapted, shares);
 #pragma omp for schedule(static) collapse(2)
     for (long r = 0; r < rows; r++)
         for (long at = 0; at < inner; at += PANEL) {
@@ -246,7 +247,7 @@ static void run(const Layer *layer, float *x, long rows, const float *cosine, co
             put_inputs(mid + r * row_mid, at, gated(gate, other), gated(gate + LANES, other + LANES));
         }
     adapted->product = product + DOWN;
-    multiply(layer->down, layer->down_bias, mid, rows, inner, x, hidden, 1, adapted);
+    multiply(layer->down, layer->down_bias, mid, rows, inner, x, hidden, 1, adapted, shares);
 }
 
 /* x [rows, hidden], the tokens of all slices one behind the other, becomes the output of `depth` layers of one shape. cosine,
@@ -257,11 +258,13 @@ EXPORT void longstride_layers(const Layer *layers, int depth, float *x, long row
     Tile tiles[many + 1];
     tile(layers, slices, count, tiles);
     Places place = places(layers, rows, tiles + many, threads);
+    Taken shares[2 * threads];
+    memset(shares, 0, sizeof shares);
 #pragma omp parallel num_threads(threads)
     {
         Adapted own;
-        own.spans = spans, own.count = adapted;
+        own.spans = spans, own.count = adapted, own.turn = 0;
         for (int layer = 0; layer < depth; layer++)
-            run(layers + layer, x, rows, cosine, sine, slices, tiles, many, &own, layer * PRODUCTS, scratch, place);
+            run(layers + layer, x, rows, cosine, sine, slices, tiles, many, &own, shares, layer * PRODUCTS, scratch, place);
     }
 }

@@ -132,6 +132,7 @@ through the panels of a block, so that no thread waits for another. */
 typedef struct {
     const Span *spans;
     int count;
+    int turn;            /* which counters the next product has */
     long product, block; /* the block that `low` holds, or -1 */
     float low[FEW * (MOST / BLOCK * (BLOCK + HALF))]; /* rows of MOST inputs */
 } Adapted;
@@ -172,22 +173,46 @@ static void adapt(Adapted *adapted, long panel, long some, long outputs, long fr
     }
 }
 
+/* How far each thread's share of a product has been taken, by itself or by threads that were done with theirs: one whose
+processor is wanted for something else would keep all others waiting. Products take turns with two rows of counters, so that
+none is set back while somebody reads it. */
+typedef struct {
+    long taken, apart[7]; /* a line of cache each */
+} Taken;
+
+/* The next `*some` panels, of one block and side by side, that nobody took of a share from..to; false if there are none. */
+static int take(Taken *share, long from, long to, long panels, long *task, long *some) {
+    long taken = __atomic_load_n(&share->taken, __ATOMIC_RELAXED);
+    do {
+        *task = from + taken;
+        if (*task >= to) return 0;
+        long panel = *task % panels;
+        *some = least(least(MANY - panel % MANY, panels - panel), to - *task);
+    } while (!__atomic_compare_exchange_n(&share->taken, &taken, taken + *some, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return 1;
+}
+
 /* x [rows of `inputs`] -> out [rows, outputs], put there or added, by all threads of a team: each has its share of the panels,
-a block of rows after the other. */
+a block of rows after the other, and helps the others then. `shares`: [2][threads], zeros before a team's first product. */
 static void multiply(const Weight *weight, const float *bias, const Number *x, long rows, long inputs, float *out, long outputs,
-                     int add, Adapted *adapted) {
+                     int add, Adapted *adapted, Taken *shares) {
     long panels = up(outputs, PANEL), all = up(rows, FEW) * panels, threads = omp_get_num_threads();
-    long own = omp_get_thread_num(), end = all * (own + 1) / threads;
+    long own = omp_get_thread_num(), task, some;
+    Taken *now = shares + adapted->turn * threads;
+    adapted->turn ^= 1;
+    shares[adapted->turn * threads + own].taken = 0;
     adapted->block = -1;
-    for (long task = all * own / threads, some; task < end; task += some) {
-        long block = task / panels, panel = task % panels;
-        long from = start_of_block(rows, block), to = start_of_block(rows, block + 1);
-        some = least(least(MANY - panel % MANY, panels - panel), end - task);
-        panels_of(weight, bias, panel, some, outputs, from, to, x, inputs, out, add);
-        if (!adapted->count) continue;
-        if (adapted->block != block) through_down(adapted, x, inputs, from, to);
-        adapted->block = block;
-        adapt(adapted, panel, some, outputs, from, to, out);
+    for (long i = 0; i < threads; i++) {
+        long whose = (own + i) % threads, from = all * whose / threads, to = all * (whose + 1) / threads;
+        while (take(now + whose, from, to, panels, &task, &some)) {
+            long block = task / panels, panel = task % panels;
+            long first = start_of_block(rows, block), last = start_of_block(rows, block + 1);
+            panels_of(weight, bias, panel, some, outputs, first, last, x, inputs, out, add);
+            if (!adapted->count) continue;
+            if (adapted->block != block) through_down(adapted, x, inputs, first, last);
+            adapted->block = block;
+            adapt(adapted, panel, some, outputs, first, last, out);
+        }
     }
 #pragma omp barrier
 }
@@ -198,12 +223,14 @@ EXPORT long longstride_row(long inputs) { return row_size(inputs); }
 /* x [rows, inputs] -> out [rows, outputs]. */
 EXPORT void longstride_product(const Weight *weight, const float *bias, const float *x, float *out, long rows, long inputs,
                                long outputs, float *scratch, int threads) {
+    Taken shares[2 * threads];
+    memset(shares, 0, sizeof shares);
 #pragma omp parallel num_threads(threads)
     {
         Adapted none;
-        none.count = 0;
+        none.count = none.turn = 0;
 #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++) put_row((Number *)scratch + r * row_size(inputs), 0, x + r * inputs, inputs);
-        multiply(weight, bias, (Number *)scratch, rows, inputs, out, outputs, 0, &none);
+        multiply(weight, bias, (Number *)scratch, rows, inputs, out, outputs, 0, &none, shares);
     }
 }
